@@ -1,0 +1,35 @@
+"""Parameter-efficient adapters for any torch module: what is trained.
+
+    from adapters import LoRA, inject, merge, save, load, trainable_parameters
+    inject(model, LoRA(rank=8, alpha=8, targets=("q", "k", "v")), train=("head",))
+    ...                                    # train
+    save(model, "adapter.safetensors")     # the trained tensors and the configuration
+    merge(model)                           # the backbone's own classes and keys, the same outputs
+"""
+
+from __future__ import annotations
+
+from adapters.torchvision_cpu import declare_missing_operators
+
+declare_missing_operators()  # before anything imports timm or open_clip
+
+from adapters.base import Adapter  # noqa: E402
+from adapters.inject import adapter_parameters, inject, merge, trainable_parameters  # noqa: E402
+from adapters.io import load, save  # noqa: E402
+from adapters.lora import LoRA  # noqa: E402
+from adapters.methods import ADAPTERS  # noqa: E402
+from adapters.whole import Full, Linear  # noqa: E402
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Full",
+    "Linear",
+    "LoRA",
+    "adapter_parameters",
+    "inject",
+    "load",
+    "merge",
+    "save",
+    "trainable_parameters",
+]

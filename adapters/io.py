@@ -1,0 +1,110 @@
+"""One safetensors file: the tensors that trained, and in its metadata all that is needed to put them back.
+
+The file holds every parameter that trains and the persistent buffers of their modules (the running statistics of a batch
+norm in a head). The metadata holds the adapter's configuration, what trained besides it, and an identity of the frozen rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adapters.inject import inject
+from adapters.methods import ADAPTERS
+
+FORMAT = "resora-adapter-1"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write what trains in `model`, and the adapter's configuration, to one safetensors file (atomically).
+
+    Raises:
+        ValueError: if the model holds no adapter.
+    """
+    if not hasattr(model, "injection"):
+        raise ValueError(f"{type(model).__name__} holds no adapter: call inject(model, adapter) before save")
+    adapter, path = model.injection.adapter, Path(path)
+    metadata = {
+        "format": FORMAT,
+        "adapter": json.dumps({"name": adapter.name, **asdict(adapter)}),
+        "train": json.dumps(model.injection.train),
+        "base": base_identity(model),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put a saved adapter into `model`, in place: into a fresh backbone, or one that holds the same adapter already.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the file is not one of ours, was trained on another backbone, was made with another configuration than
+            the model's, or its tensors are not exactly the model's (missing, unexpected and misshaped ones are named).
+    """
+    with safe_open(os.fspath(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not an adapter file of this suite: format {metadata.get('format')!r}, not {FORMAT!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    settings = json.loads(metadata["adapter"])
+    if (name := settings.pop("name")) not in ADAPTERS:
+        raise ValueError(f"{path} holds adapter {name!r}; this version knows {', '.join(ADAPTERS)}")
+    adapter, train = ADAPTERS[name](**settings), tuple(json.loads(metadata["train"]))
+    if not hasattr(model, "injection"):
+        inject(model, adapter, train)
+    elif (held := model.injection).adapter != adapter or held.train != train:
+        raise ValueError(f"{path} holds {adapter} with train={train}, but the model {held.adapter} with train={held.train}")
+    if metadata["base"] != (identity := base_identity(model)):
+        raise ValueError(
+            f"{path} was trained on another backbone (its frozen weights are {metadata['base'][:12]}, here {identity[:12]}): "
+            "load the weights that it was trained on before the adapter"
+        )
+    _copy(tensors, _trained(model), path)
+    return model
+
+
+def base_identity(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and about 64 values of each frozen parameter.
+
+    Values are read in bfloat16, so that a backbone is the same backbone in float32 and in bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].to("cpu", torch.bfloat16)
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train and the persistent buffers of the modules that own one, by name."""
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            persistent = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+            tensors |= {f"{path}.{name}" if path else name: buffer for name, buffer in persistent.items()}
+    return tensors
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    missing, unexpected = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
+    shapes = [f"{n} {tuple(source[n].shape)} instead of {tuple(t.shape)}" for n, t in target.items()
+              if n in source and source[n].shape != t.shape]  # fmt: skip
+    if missing or unexpected or shapes:
+        raise ValueError(f"{path} does not fit the model: missing {missing}, unexpected {unexpected}, misshaped {shapes}")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])

@@ -1,0 +1,13 @@
+"""The adapters by name: a method is one file and one line here."""
+
+from __future__ import annotations
+
+from adapters.base import Adapter
+from adapters.lora import LoRA
+from adapters.whole import Full, Linear
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "full": Full,
+    "linear": Linear,
+    "lora": LoRA,
+}

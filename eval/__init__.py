@@ -1,0 +1,24 @@
+"""Embeddings in, trustworthy numbers out: exact search, ranks, retrieval metrics, the level of chance, a run's report.
+
+The way of the data, one idea a file:
+
+    inputs       what comes in, checked: unit rows, and which image each caption belongs to
+    index        exact inner products, streamed (the only module that imports faiss)
+    ranks        scores -> the rank of each query's best right answer, ties counted half
+    metrics      ranks -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
+    chance       the same keys for a random ranking, in closed form
+    tables       metrics -> plain text
+    report       a run folder -> one self-contained HTML page (fed by run_folder, history, figures, redundancy, pictures)
+
+Nothing here knows of models or training. `from eval.report import write_report` is kept apart because it imports
+matplotlib and jinja2, which an evaluation inside a training loop does not need.
+"""
+
+from __future__ import annotations
+
+from eval.chance import chance_level
+from eval.index import top_k
+from eval.metrics import retrieval_metrics
+from eval.tables import render_table
+
+__all__ = ["chance_level", "render_table", "retrieval_metrics", "top_k"]

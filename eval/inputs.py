@@ -1,0 +1,86 @@
+"""What comes in, checked before any work is done: embeddings become unit rows, correspondences become indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def unit_rows(values: ArrayLike, name: str) -> NDArray[np.float32]:
+    """Scale each row to length 1, so that inner products are cosines.
+
+    The arithmetic is float64 and only the result float32, so neither 1e-30 nor 1e30 leaves the range, and rows that differ
+    by a positive factor end, but for rare roundings, in the same bytes.
+
+    Args:
+        values: array or torch tensor (any floating type, bfloat16 included) of shape (N, D), N and D at least 1.
+        name: what the caller calls the array; errors start with it.
+
+    Returns:
+        (N, D) float32, C-contiguous, each row of length 1.
+
+    Raises:
+        ValueError: for another shape, for NaN or infinite entries, and for rows of zeros, which have no direction.
+    """
+    rows = np.asarray(_off_device(values), dtype=np.float64)
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(
+            f"{name}: expected one embedding a row, shape (N, D) with N, D >= 1; received shape {rows.shape}"
+        )
+    broken = int(np.count_nonzero(~np.isfinite(rows).all(axis=1)))
+    if broken:
+        raise ValueError(
+            f"{name}: {broken} of {len(rows)} rows hold NaN or infinite values, so they have no rank; "
+            "look for a diverged run or an overflow in half precision"
+        )
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    empty = int(np.count_nonzero(largest == 0))
+    if empty:
+        raise ValueError(
+            f"{name}: {empty} of {len(rows)} rows are all zeros and have no direction, so no cosine; "
+            "look for rows that were allocated and never filled"
+        )
+    rows = rows / largest  # first to a largest entry of 1: the squares can neither overflow nor vanish
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def caption_owners(image_of_text: ArrayLike, n_images: int) -> NDArray[np.int64]:
+    """Check the correspondence: each caption has one image, each image at least one caption.
+
+    Args:
+        image_of_text: (M,) integers in 0..n_images-1, the image that caption m describes.
+        n_images: number of images N.
+
+    Returns:
+        (M,) int64.
+
+    Raises:
+        ValueError: for another shape or type, an image out of range, or images without a caption.
+    """
+    owners = np.asarray(image_of_text.cpu() if hasattr(image_of_text, "cpu") else image_of_text)
+    if owners.ndim != 1 or not np.issubdtype(owners.dtype, np.integer):
+        raise ValueError(
+            f"image_of_text: expected integers of shape (M,); received {owners.dtype}, shape {owners.shape}"
+        )
+    outside = int(np.count_nonzero((owners < 0) | (owners >= n_images)))
+    if outside:
+        raise ValueError(
+            f"image_of_text: {outside} of {len(owners)} entries are outside 0..{n_images - 1}; "
+            f"it must index the rows of images, of which there are {n_images}"
+        )
+    owners = owners.astype(np.int64)
+    silent = int(np.count_nonzero(np.bincount(owners, minlength=n_images) == 0))
+    if silent:
+        raise ValueError(
+            f"{silent} of {n_images} images have no caption, so image-to-text has no right answer for them; "
+            "leave those images out or add their captions"
+        )
+    return owners
+
+
+def _off_device(values: Any) -> Any:
+    """A torch tensor as float64 on the CPU (NumPy has no bfloat16, nor gradients); anything else as it is."""
+    return values.detach().cpu().double() if hasattr(values, "detach") else values

@@ -1,0 +1,73 @@
+"""Ranks -> the numbers of a retrieval table: R@1, R@5, R@10, MedR, MeanR in both directions, and Rsum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from eval.index import CHUNK_SIZE
+from eval.inputs import caption_owners, unit_rows
+from eval.ranks import answer_ranks
+
+RECALL_AT = (1, 5, 10)
+DIRECTIONS = ("i2t", "t2i")
+RECALL_KEYS = tuple(f"{direction}_R@{k}" for direction in DIRECTIONS for k in RECALL_AT)
+
+
+def retrieval_metrics(
+    images: ArrayLike, texts: ArrayLike, image_of_text: ArrayLike, *, chunk_size: int = CHUNK_SIZE
+) -> dict[str, float]:
+    """Cross-modal retrieval by cosine, images to texts ("i2t") and texts to images ("t2i").
+
+    R@K is a hit rate: the percentage of queries whose best right answer has a rank of at most K. With several captions
+    an image is a hit when one of them is found, so this is not the recall of information retrieval. Ranks count ties half
+    (`answer_ranks`) and are compared with K as they are: a tie for the first place, rank 1.5, is no hit at 1.
+
+    Args:
+        images: (N, D) array or torch tensor of image or video embeddings, once each; normalised here.
+        texts: (M, D) caption embeddings, likewise.
+        image_of_text: (M,) integers, the row of images that each caption describes; any number of captions an image.
+        chunk_size: queries scored at a time; the N x M matrix is never built, and the numbers do not depend on it.
+
+    Returns:
+        "i2t_R@1", "i2t_R@5", "i2t_R@10" (percent), "i2t_MedR" (the median, which VSE++ rounds down), "i2t_MeanR", the
+        same five with "t2i_", and "rsum", the sum of the six recalls (0..600).
+
+    Raises:
+        ValueError: for wrong shapes, NaN, infinite or all-zero rows, and images without a caption.
+    """
+    image_rows, text_rows = unit_rows(images, "images"), unit_rows(texts, "texts")
+    if image_rows.shape[1] != text_rows.shape[1]:
+        raise ValueError(
+            f"images have {image_rows.shape[1]} dimensions and texts {text_rows.shape[1]}; "
+            "both must be projected into the same embedding space"
+        )
+    owners = caption_owners(image_of_text, len(image_rows))
+    if len(owners) != len(text_rows):
+        raise ValueError(
+            f"image_of_text: expected one entry for each of the {len(text_rows)} texts; received {len(owners)}"
+        )
+    captions = np.arange(len(owners))
+    ranks = {
+        "i2t": answer_ranks(image_rows, text_rows, owners, captions, chunk_size=chunk_size),
+        "t2i": answer_ranks(text_rows, image_rows, captions, owners, chunk_size=chunk_size),
+    }
+    return with_rsum({direction: _summary(ranks[direction]) for direction in DIRECTIONS})
+
+
+def recall_at_k(ranks: NDArray[np.float64], k: int) -> float:
+    """Percentage of queries with a rank of at most k; ranks (Q,) count from 1."""
+    return float(100 * np.mean(ranks <= k))
+
+
+def with_rsum(directions: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{"i2t": {"R@1": ...}, "t2i": ...} as one flat dict, "i2t_R@1" ..., and "rsum", the sum of the six recalls, 0..600."""
+    flat = {f"{direction}_{name}": value for direction, values in directions.items() for name, value in values.items()}
+    return {**flat, "rsum": sum(flat[key] for key in RECALL_KEYS)}
+
+
+def _summary(ranks: NDArray[np.float64]) -> dict[str, float]:
+    recalls = {f"R@{k}": recall_at_k(ranks, k) for k in RECALL_AT}
+    return {**recalls, "MedR": float(np.median(ranks)), "MeanR": float(np.mean(ranks))}

@@ -1,0 +1,1 @@
+"""Image-text and video-text retrieval: data sets, encoders, models, losses, training, evaluation."""

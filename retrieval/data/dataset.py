@@ -1,0 +1,73 @@
+"""What a data set is, for those who train and evaluate: one split of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "validation", "test")
+
+
+class RetrievalDataset(Protocol):
+    """One split: ``len(dataset)`` visual items, each described by one or several captions.
+
+    Attributes:
+        name: the data set's key in `DATASETS`.
+        split: one of `SPLITS`.
+        captions: M sentences.
+        image_of_caption: ``(M,)`` int64, the visual item that each caption describes.
+    """
+
+    name: str
+    split: str
+    captions: Sequence[str]
+    image_of_caption: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over captions, owners and visual bytes, so that a run can say what it saw."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of visual items."""
+        ...
+
+    def visual(self, index: int) -> np.ndarray:
+        """``(K, D)`` float32 region features, or ``(T, H, W, 3)`` uint8 frames."""
+        ...
+
+    def thumbnails(self, index: int) -> list[Image.Image]:
+        """For people: one picture, or the frames of a clip."""
+        ...
+
+
+def check_prepared(folder: Path, name: str, split: str) -> None:
+    """Raise a `ValueError` for an unknown split and a `FileNotFoundError` for data that are not there."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name} is not prepared in {folder}; run: python scripts/prepare_data.py data={name}")
+
+
+def fingerprint(captions: Sequence[str], image_of_caption: np.ndarray, visual: Iterable[np.ndarray | bytes]) -> str:
+    """SHA-256 of a split, independent of the byte order of the machine and of how its files are laid out.
+
+    Args:
+        captions: M sentences.
+        image_of_caption: ``(M,)`` owners.
+        visual: every visual item in order, as an array or as the bytes (or the digest) of its file.
+    """
+    digest = hashlib.sha256()
+    for caption, owner in zip(captions, image_of_caption.tolist(), strict=True):
+        digest.update(f"{owner}\t{caption}\n".encode())
+    for item in visual:
+        if isinstance(item, np.ndarray):
+            digest.update(f"{item.dtype.name}{item.shape}".encode())
+            item = np.ascontiguousarray(item, dtype=item.dtype.newbyteorder("<")).view(np.uint8)
+        digest.update(item)
+    return digest.hexdigest()

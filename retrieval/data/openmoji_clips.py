@@ -1,0 +1,179 @@
+"""OpenMoji clips: 1,500 H.264 videos of an emoji in motion with three captions each, for video-text retrieval.
+
+150 emoji, each with all ten `MOTIONS`. Splits are made of pairs: each emoji and each motion is in the training split, but a
+pair of the validation or test split is in no other, so a model must put together what it learned apart. The three captions of
+a clip name the emoji and the motion in three ways ("an owl spinning", "an owl rotating on the spot", "a clip of an owl turning
+round and round"). Left and right, grow and shrink hold the same frames in another order, which the mean over frames does not
+see. Artwork and names are made by people, motions and sentences are synthetic.
+
+Prepared folder ``<root>/openmoji_clips/``: ``videos/clip00000.mp4`` ... (16 frames, 112 px, 8 frames a second), ``train.csv``,
+``validation.csv`` and ``test.csv`` (video_id, sentence), ``clips.csv`` (what each clip shows) and ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import av
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+from PIL import Image
+from tqdm.auto import tqdm
+
+from retrieval.data.dataset import SPLITS, check_prepared, fingerprint
+from retrieval.data.emoji_concepts import concepts, render, with_article
+from retrieval.data.motions import MOTIONS, animate, describe
+from retrieval.data.scenes import COLOURS
+from retrieval.video import read_frames
+
+LENGTH = 16  # frames
+RATE = 8  # frames a second
+
+
+class OpenMojiClips:
+    """One split of the clips; a `RetrievalDataset` of video frames.
+
+    Args:
+        root: folder of all data sets.
+        split: "train", "validation" or "test".
+        frames: how many of a clip's 16 frames to read, evenly spaced from the first to the last.
+        size: side in pixels that they are resized to, or None for the 112 of the files.
+
+    Raises:
+        FileNotFoundError: the data are not prepared; the message says how to.
+        ValueError: unknown split.
+    """
+
+    name = "openmoji_clips"
+
+    def __init__(self, root: Path, split: str, frames: int = 4, size: int | None = None) -> None:
+        self.folder = Path(root) / self.name
+        self.split, self.frames, self.size = split, frames, size
+        check_prepared(self.folder, self.name, split)
+        table = pd.read_csv(self.folder / f"{split}.csv")
+        owners, self.video_ids = pd.factorize(table["video_id"])
+        self.captions: list[str] = table["sentence"].tolist()
+        self.image_of_caption = owners.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.video_ids)
+
+    def visual(self, index: int) -> np.ndarray:
+        """``(T, H, W, 3)`` uint8, T = min(frames, 16). Decoded anew at each call."""
+        return read_frames(self.path(index), self.frames, size=self.size)
+
+    def thumbnails(self, index: int) -> list[Image.Image]:
+        """The frames that the model sees, at the size of the file."""
+        return [Image.fromarray(frame) for frame in read_frames(self.path(index), self.frames)]
+
+    def path(self, index: int) -> Path:
+        """The file of a clip."""
+        return self.folder / "videos" / f"{self.video_ids[index]}.mp4"
+
+    @property
+    def preprocessing(self) -> str:
+        """How frames are chosen and resized; part of what a result depends on."""
+        return f"{self.frames} frames, evenly spaced, {f'{self.size} px bicubic' if self.size else 'as stored'}, decord"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over captions, owners and the files of the split."""
+        return fingerprint(
+            self.captions, self.image_of_caption, (self.path(index).read_bytes() for index in range(len(self)))
+        )
+
+    @classmethod
+    def prepare(
+        cls, root: Path, cache: Path, *, clips: tuple[int, int, int] = (1100, 200, 200), size: int = 112, seed: int = 0
+    ) -> None:
+        """Draw and encode the clips; some seconds, and only once.
+
+        The folder appears when it is complete, so a killed call leaves nothing that looks finished.
+
+        Args:
+            root: folder of all data sets.
+            cache: not used; the embedded data sets share one signature.
+            clips: number of clips in the train, validation and test split.
+            size: side of a frame in pixels, even (H.264 stores colours at half the size).
+            seed: of the choice of emoji, pairs and backgrounds.
+
+        Raises:
+            ValueError: `clips` or `size` does not fit, or the folder was prepared with other arguments.
+        """
+        if size < 16 or size % 2:
+            raise ValueError(f"size {size} is not an even number of pixels from 16 on; the default is 112")
+        if min(clips) < 1 or sum(clips) > len(concepts()) * len(MOTIONS):
+            raise ValueError(f"clips={clips}: each split needs one clip, all together at most one for each emoji and motion")
+        folder = Path(root) / cls.name
+        options = {"clips": list(clips), "size": size, "seed": seed}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{cls.name}.lock"):
+            if folder.is_dir():
+                prepared = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["options"]
+                if prepared != options:
+                    raise ValueError(
+                        f"{folder} was prepared with {prepared}, not with {options}; delete it or choose another root"
+                    )
+                return
+            unfinished = folder.parent / f".unfinished-{cls.name}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / "videos").mkdir(parents=True)
+            _build(unfinished, options)
+            os.replace(unfinished, folder)
+
+
+def sample_clips(clips: tuple[int, int, int], seed: int) -> pd.DataFrame:
+    """What each clip shows: a table of video_id, split, concept (position in `concepts()`), emoji, motion, background.
+
+    As many emoji as are needed, each with all motions; the pairs are shuffled and dealt to the splits.
+    """
+    random = np.random.default_rng(seed)
+    chosen = random.permutation(len(concepts()))[: -(-sum(clips) // len(MOTIONS))]
+    pairs = [(int(concept), motion) for concept in np.sort(chosen) for motion in MOTIONS]
+    order = random.permutation(len(pairs))[: sum(clips)]
+    table = pd.DataFrame([pairs[position] for position in order], columns=["concept", "motion"])
+    table.insert(0, "video_id", [f"clip{number:05d}" for number in range(len(table))])
+    table.insert(1, "split", np.repeat(SPLITS, clips))
+    table["emoji"] = [concepts()[concept].name for concept in table["concept"]]
+    table["background"] = random.choice(list(COLOURS), len(table))
+    return table
+
+
+def encode_h264(path: Path, frames: np.ndarray, rate: int) -> None:
+    """Write frames (T, H, W, 3) uint8 as an H.264 file, the same bytes for the same frames and version of x264."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _build(folder: Path, options: dict) -> None:
+    table = sample_clips(tuple(options["clips"]), options["seed"])
+    size = options["size"]
+    drawn = {concept: render(concepts()[concept].svg, size) for concept in table["concept"].unique()}
+
+    def write(row: tuple) -> None:
+        frames = animate(drawn[row.concept], row.motion, COLOURS[row.background], size, LENGTH)
+        encode_h264(folder / "videos" / f"{row.video_id}.mp4", frames, RATE)
+
+    with ThreadPoolExecutor(2) as pool:  # Pillow and x264 work outside Python's lock
+        list(tqdm(pool.map(write, table.itertuples()), total=len(table), desc="drawing clips", unit="clip"))
+    for split, clips in table.groupby("split"):
+        captions = [
+            (row.video_id, sentence)
+            for row in clips.itertuples()
+            for sentence in describe(with_article(row.emoji), row.motion)
+        ]
+        pd.DataFrame(captions, columns=["video_id", "sentence"]).to_csv(folder / f"{split}.csv", index=False)
+    table.to_csv(folder / "clips.csv", index=False)
+    artwork = "OpenMoji, CC BY-SA 4.0; so are these clips. See ATTRIBUTION.md of resora"
+    content = json.dumps({"options": options, "artwork": artwork}, ensure_ascii=False, indent=1)
+    (folder / "manifest.json").write_text(content, encoding="utf-8")

@@ -1,0 +1,123 @@
+"""Which frames a video file holds, and whether a decoder may seek among them.
+
+    timeline("video7010.mp4")      # Timeline(times=(0, 512, 1024, ...), fps=25.0, seekable=True)
+
+Frames are chosen from the timeline before anything is decoded, so every backend returns the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+
+import av
+
+
+class VideoError(Exception):
+    """A video file that cannot be read as asked: `path` and, in words, the `reason`."""
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        super().__init__(str(path), reason)  # both are kept in args, so that the error survives pickling
+        self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a file.
+
+    Attributes:
+        times: presentation time of each frame that can be shown, in order of presentation, in units of the stream.
+        fps: average frames per second, 0.0 if the container does not say.
+        seekable: whether the n-th packet of each key frame is the n-th frame shown, and a seek to it finds it.
+    """
+
+    times: tuple[int | None, ...]
+    fps: float
+    seekable: bool
+
+
+def timeline(path: str | PathLike[str]) -> Timeline:
+    """List the frames of a video: from the index of an MP4 file (about 10 us a frame), of others by decoding them all.
+
+    Only MP4 says exactly which frames it holds. AVI has no presentation times, WebM has packets that are never shown,
+    and an MPEG program stream has no index: decord was seen to return wrong frames of AVI and MPEG after a seek.
+
+    Raises:
+        VideoError: the file is missing, empty, truncated, damaged, or not a video.
+    """
+    if not Path(path).is_file():
+        raise VideoError(path, "there is no such file")
+    if (size := Path(path).stat().st_size) == 0:
+        raise VideoError(path, "the file is empty")
+    try:
+        with av.open(str(path)) as container:
+            stream = video_stream(path, container)
+            fps = float(stream.average_rate or 0)
+            if "mp4" not in container.format.name:
+                times = tuple(frame.pts for frame in decode(path, container, stream))
+                return _checked(path, Timeline(times, fps, seekable=False))
+            indexed = [entry.pos + entry.size for entry in stream.index_entries]
+            packets = [packet for packet in container.demux(stream) if packet.size]
+    except av.FFmpegError as error:
+        raise VideoError(path, f"FFmpeg cannot read it ({error.strerror})") from error
+    if max(indexed, default=0) > size:
+        raise VideoError(path, f"it is truncated: {size} bytes, but its index names frames up to byte {max(indexed)}")
+    return _checked(path, _from_packets(packets, fps, whole_index=len(indexed) == len(packets)))
+
+
+def video_stream(path: str | PathLike[str], container: av.container.InputContainer) -> av.VideoStream:
+    """The main video stream, to be decoded in one thread; VideoError if there is none."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a music file
+        raise VideoError(path, "it holds no video stream")
+    stream.thread_count = 1  # FFmpeg's own threads can deadlock beside torch's
+    return stream
+
+
+def decode(
+    path: str | PathLike[str], container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """Every frame in order of presentation; VideoError at the first one that is damaged."""
+    start: int | None = None
+    position = 0
+    try:
+        for packet in container.demux(stream):
+            if start is None and packet.is_keyframe:
+                start = packet.pts
+            if start is not None and packet.pts is not None and packet.pts < start:
+                continue  # a cut went through its group of pictures: it refers to frames that the file does not hold
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise VideoError(path, f"frame {position} is damaged")
+                yield frame
+                position += 1
+    except av.FFmpegError as error:
+        raise VideoError(path, f"FFmpeg cannot decode frame {position} ({error.strerror})") from error
+
+
+def _from_packets(packets: list[av.Packet], fps: float, whole_index: bool) -> Timeline:
+    keys = [packet for packet in packets if packet.is_keyframe]
+    if not keys or any(packet.pts is None or packet.dts is None for packet in packets):
+        return Timeline((), fps, seekable=False)
+    times = sorted(packet.pts for packet in packets if packet.pts >= keys[0].pts and not packet.is_discard)
+    position = {time: n for n, time in enumerate(times)}
+    seekable = (
+        whole_index
+        and len(position) == len(packets)
+        and all(position[packet.pts] == n for n, packet in enumerate(packets) if packet.is_keyframe)
+        # FFmpeg seeks by decoding time: it takes the last key frame that is not later
+        and all(key.pts < following.dts for key, following in pairwise(keys))
+    )
+    return Timeline(tuple(times), fps, seekable)
+
+
+def _checked(path: str | PathLike[str], line: Timeline) -> Timeline:
+    if not line.times:
+        raise VideoError(path, "its video stream holds no frame that can be decoded")
+    return line

@@ -1,0 +1,120 @@
+"""VSE-infinity: image regions and sentences in one space (Chen et al., CVPR 2021, https://arxiv.org/abs/2011.04305)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retrieval.gpo import GPO
+
+
+@dataclass(frozen=True, kw_only=True)
+class VSEInfinityConfig:
+    """The model's sizes; the defaults are the published ones.
+
+    Args:
+        embed_dim: width D of the common space.
+        hidden_dim: hidden width of the region encoder's MLP.
+    """
+
+    embed_dim: int = 1024
+    hidden_dim: int = 512
+
+
+class RegionEncoder(nn.Module):
+    """Region features (B, K, d_region) -> (B, D): a linear map plus an MLP with batch norm on each region, then GPO.
+
+    Padding is no region: it enters neither the batch statistics nor the pooling. (The published code does count the zero rows
+    in its batch statistics.)
+    """
+
+    def __init__(self, d_region: int, config: VSEInfinityConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(d_region, config.embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_region, config.hidden_dim),
+            nn.BatchNorm1d(config.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(config.hidden_dim, config.embed_dim),
+        )
+        self.pool = GPO()
+        bound = sqrt(6.0) / sqrt(d_region + config.embed_dim)
+        nn.init.uniform_(self.fc.weight, -bound, bound)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, regions: Tensor, lengths: Tensor) -> Tensor:
+        real = torch.arange(regions.shape[1], device=regions.device) < lengths[:, None]  # (B, K)
+        flat = regions[real]  # (number of real regions, d_region)
+        features = self.mlp(flat) + self.fc(flat)
+        if bool(real.all()):
+            padded = features.view(*regions.shape[:2], -1)
+        else:
+            padded = features.new_zeros(*regions.shape[:2], features.shape[-1])
+            padded[real] = features
+        return F.normalize(self.pool(padded, lengths), dim=-1)
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, L) -> (B, D): BERT's last hidden states, a linear map, GPO over all tokens with [CLS] and [SEP]."""
+
+    def __init__(self, bert: nn.Module, config: VSEInfinityConfig) -> None:
+        super().__init__()
+        self.bert = bert
+        self.linear = nn.Linear(bert.config.hidden_size, config.embed_dim)
+        self.pool = GPO()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.normalize(self.pool(self.linear(hidden), attention_mask.sum(dim=1)), dim=-1)
+
+
+class VSEInfinity(nn.Module):
+    """Both sides of VSE-infinity on region features.
+
+    Args:
+        bert: a BERT without pooler (transformers).
+        d_region: width of a region feature; 2048 for bottom-up attention.
+        config: sizes.
+    """
+
+    visual_kind = "regions"
+    heads = ("image", "text.linear", "text.pool")
+    """What trains besides the adapter: all that is not BERT."""
+
+    def __init__(self, bert: nn.Module, d_region: int, config: VSEInfinityConfig | None = None) -> None:
+        super().__init__()
+        config = config or VSEInfinityConfig()
+        self.image = RegionEncoder(d_region, config)
+        self.text = TextEncoder(bert, config)
+
+    def encode_visual(self, regions: Tensor, region_lengths: Tensor) -> Tensor:
+        """Regions (B, K, d_region), `region_lengths` (B,) of them real -> unit rows (B, D)."""
+        return self.image(regions, region_lengths)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token ids (B, L) and their mask (B, L) -> unit rows (B, D)."""
+        return self.text(input_ids, attention_mask)
+
+    def forward(
+        self, regions: Tensor, region_lengths: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Matching pairs -> {"visual": (B, D), "text": (B, D)}, unit rows."""
+        return {
+            "visual": self.encode_visual(regions, region_lengths),
+            "text": self.encode_text(input_ids, attention_mask),
+        }
+
+    @staticmethod
+    def collate_visual(items: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Region features of several images, (K_b, d_region) each -> zero-padded regions (B, K, d_region), lengths (B,)."""
+        lengths = torch.tensor([len(item) for item in items])
+        regions = torch.zeros(len(items), int(lengths.max()), items[0].shape[-1])
+        for row, item in zip(regions, items, strict=True):
+            row[: len(item)] = torch.from_numpy(np.asarray(item, dtype=np.float32))
+        return {"regions": regions, "region_lengths": lengths}

@@ -1,0 +1,97 @@
+"""Save and load: one safetensors file, strict both ways."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from adapters import Full, Linear, LoRA, inject, load, save
+
+
+class Model(nn.Module):
+    """A small BERT with a head that has a batch norm, whose statistics have to be saved too."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.head = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.bert(ids).last_hidden_state.mean(dim=1))
+
+
+def trained(adapter: LoRA | Full | Linear) -> Model:
+    model = inject(Model(), adapter, train=("head",))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model(torch.randint(0, 50, (8, 6))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=3, alpha=6, targets=("q", "fc1")), Full(), Linear()], ids=lambda a: a.name)
+def test_a_saved_adapter_gives_the_same_outputs_on_a_fresh_backbone(tmp_path: Path, adapter: LoRA) -> None:
+    model, ids = trained(adapter), torch.randint(0, 50, (4, 6))
+    save(model, tmp_path / "adapter.safetensors")
+    fresh = load(Model(), tmp_path / "adapter.safetensors").eval()
+    assert torch.equal(fresh(ids), model(ids))
+    held = load(inject(Model(), adapter, train=("head",)), tmp_path / "adapter.safetensors").eval()
+    assert torch.equal(held(ids), model(ids))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_the_file_holds_what_trains_and_its_configuration(tmp_path: Path) -> None:
+    save(trained(LoRA(rank=3, targets=("q",))), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    branches = {f"bert.encoder.layer.{i}.attention.self.query.branches.q.{f}" for i in range(2) for f in "AB"}
+    norm = {f"head.1.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert names == branches | norm | {"head.0.weight", "head.0.bias"}
+    assert json.loads(metadata["adapter"]) == {"name": "lora", "rank": 3, "alpha": 8.0, "targets": ["q"], "dropout": 0.0}
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(trained(LoRA(rank=3)), path)
+    with pytest.raises(ValueError, match="trained on another backbone"):
+        load(Model(seed=1), path)
+    with pytest.raises(ValueError, match="rank=3"):
+        load(inject(Model(), LoRA(rank=4), train=("head",)), path)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        save(Model(), path)
+
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    renamed = copy.copy(tensors)
+    renamed["head.9.weight"] = renamed.pop("head.0.weight")
+    save_file(renamed, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"missing \['head.0.weight'\], unexpected \['head.9.weight'\]"):
+        load(Model(), path)
+    save_file(tensors | {"head.0.bias": torch.zeros(7)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"head.0.bias \(7,\) instead of \(4,\)"):
+        load(Model(), path)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="not an adapter file"):
+        load(Model(), path)
+
+
+def test_a_bfloat16_backbone_is_the_same_backbone(tmp_path: Path) -> None:
+    save(trained(LoRA(rank=3)), tmp_path / "a.safetensors")
+    model = load(Model().to(torch.bfloat16), tmp_path / "a.safetensors")
+    assert model.head[0].weight.dtype == torch.bfloat16

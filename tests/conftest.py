@@ -1,0 +1,1 @@
+import adapters  # noqa: F401

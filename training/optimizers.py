@@ -1,0 +1,55 @@
+"""Optimiser groups: the adapter, the heads, and (in full fine-tuning) the backbone, each with its own learning rate.
+
+A parameter falls into a group by what it is, not by a part of its name: in prior code an adapter inside "clip." fell into the
+backbone's group and trained at a thousandth of its rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adapters import adapter_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRates:
+    """Peak learning rates by group, and the decoupled weight decay of AdamW (none on vectors: biases, norms)."""
+
+    adapter: float = 2e-3
+    head: float = 1e-3
+    backbone: float = 5e-5
+    weight_decay: float = 1e-4
+
+
+def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> list[dict]:
+    """Sort the parameters that train into AdamW's groups; `heads` are the paths of what is neither backbone nor adapter.
+
+    Raises:
+        ValueError: if nothing trains.
+    """
+    adapter = adapter_parameters(model)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            head = any(name == path or name.startswith(path + ".") for path in heads)
+            kind = "adapter" if name in adapter else "head" if head else "backbone"
+            groups.setdefault((kind, parameter.dim() > 1), []).append(parameter)
+    if not groups:
+        raise ValueError(f"nothing trains in {type(model).__name__}: inject an adapter, or name what trains besides it")
+    return [
+        {
+            "name": kind,
+            "params": parameters,
+            "lr": getattr(rates, kind),
+            "weight_decay": rates.weight_decay if decay else 0.0,
+        }
+        for (kind, decay), parameters in groups.items()
+    ]
+
+
+def adamw(model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(model, rates, heads))

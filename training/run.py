@@ -1,0 +1,114 @@
+"""A run is a folder: what was asked, what ran, what came out. Every table and figure is made from these folders alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "numpy", "decord", "av")
+FINISHED = "metrics.json"
+
+
+class RunFolder:
+    """The folder of one run, `<root>/<task>/<data>/<model>/<adapter>/<regularizer>/seed<k>`.
+
+    Files are written atomically, `metrics.json` last: where it is, the run is finished. Starting a run in a folder that
+    another configuration began is refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, root: Path, *levels: str) -> RunFolder:
+        """Raises ValueError if a level is not a plain name: no run leaves its root."""
+        for level in levels:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", level):
+                raise ValueError(f"{level!r} cannot name a folder of a run: use letters, digits and . _ = , + -")
+        return cls(root.joinpath(*levels))
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / FINISHED).is_file()
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration, or check that the folder was begun with the same one.
+
+        Raises:
+            ValueError: if it was begun with another; the message names the keys that differ.
+        """
+        path = self.path / "config.yaml"
+        if path.is_file():
+            earlier, now = flatten(yaml.safe_load(path.read_text())), flatten(config)
+            different = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+            if different:
+                changes = ", ".join(f"{key}: {earlier.get(key)!r} then, {now.get(key)!r} now" for key in different)
+                raise ValueError(
+                    f"{self.path} was begun with another configuration ({changes}); give this run another place with "
+                    "runs=FOLDER, or delete the old folder"
+                )
+            return
+        self.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+    def write_text(self, name: str, text: str) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def write_json(self, name: str, content: Any) -> Path:
+        return self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file of the run, or None where it has not been written."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> Path:
+        return self.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on besides its configuration: command, versions, processor, git commit."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"command": " ".join(sys.argv), "versions": versions, "machine": platform.machine(), "git_commit": _commit()}
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

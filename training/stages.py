@@ -1,0 +1,211 @@
+"""Train in stages: first the adapter alone, then on with the redundancy penalty (section 4.2 of the paper).
+
+Each stage starts from the weights of the one before with a fresh optimiser and schedule; the paper does not say whether its
+second stage does. A stage that is done is not trained again, and a killed one goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+
+from adapters import load, save
+from regularizers import ReSoRA
+from training.hardware import Hardware
+from training.optimizers import LearningRates, adamw
+from training.run import RunFolder
+from training.trainer import WEIGHTS, AdapterTrainer, latest_checkpoint
+
+SELECTIONS = ("last", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Epochs of training, with or without the regularizer."""
+
+    name: str
+    epochs: int
+    regularize: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to optimise; the same for every stage.
+
+    Args:
+        stages: in order.
+        batch_size: pairs a step; an incomplete last batch of an epoch is dropped.
+        rates: peak learning rates.
+        warmup: share of a stage's steps with a rising learning rate, before a cosine decay to zero.
+        max_grad_norm: global norm to which gradients are clipped.
+        selection: keep the weights of the "last" epoch of a stage, or of the epoch with the best "validation" Rsum.
+        workers: processes that load data; 0 loads in the training process.
+        report_to: loggers of `transformers.Trainer`, such as "tensorboard" or "wandb".
+
+    Raises:
+        ValueError: for values that cannot train.
+    """
+
+    stages: tuple[Stage, ...]
+    batch_size: int = 128
+    rates: LearningRates = field(default_factory=LearningRates)
+    warmup: float = 0.1
+    max_grad_norm: float = 2.0
+    selection: str = "last"
+    workers: int = 0
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) != len(names) or any(stage.epochs < 1 for stage in self.stages):
+            raise ValueError(f"stages are {self.stages}; expected at least one, of distinct names and one epoch or more each")
+        if self.batch_size < 2 or not 0 <= self.warmup < 1 or self.max_grad_norm <= 0:
+            raise ValueError(
+                "a recipe needs batch_size >= 2 (a contrastive loss compares pairs), 0 <= warmup < 1 and max_grad_norm > 0, "
+                f"but got batch_size={self.batch_size}, warmup={self.warmup}, max_grad_norm={self.max_grad_norm}"
+            )
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
+
+
+def run_stages(
+    model: nn.Module,
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    dataset: Dataset,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    objective: Callable[[Any, float], Mapping[str, Tensor]],
+    evaluator: Callable[[nn.Module], dict[str, float]],
+    heads: tuple[str, ...],
+    regularizer: ReSoRA | None,
+    hardware: Hardware,
+    seed: int,
+    after_stage: Callable[[Stage, nn.Module], None] = lambda stage, model: None,
+) -> None:
+    """Train `model`, which holds its adapter, through the stages of `recipe`, in place.
+
+    Checkpoints and the weights after each stage go to `<run>/checkpoints/<stage>/`, the log of all stages to
+    `<run>/log.jsonl`. `after_stage` is called after each stage, whether it was trained now or before.
+
+    Raises:
+        ValueError: if the data has fewer items than one batch.
+    """
+    if (items := len(dataset)) < recipe.batch_size:  # type: ignore[arg-type]
+        raise ValueError(f"{items} training items make no batch of {recipe.batch_size}; lower trainer.batch_size")
+    records: list[dict[str, Any]] = []
+    first_epoch = 0
+    for index, stage in enumerate(recipe.stages):
+        folder = run.path / "checkpoints" / stage.name
+        history = run.read_json(f"checkpoints/{stage.name}/history.json")
+        if history is None:
+            trainer = AdapterTrainer(
+                model=model,
+                args=_arguments(stage, recipe, hardware, str(folder), seed + 1000 * index),
+                train_dataset=dataset,
+                data_collator=collate,
+                optimizers=(adamw(model, recipe.rates, heads), None),
+                objective=objective,
+                regularizer=regularizer if stage.regularize else None,
+                evaluator=evaluator,
+                first_epoch=first_epoch,
+            )
+            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(_Progress(stage.name))
+            trainer.add_callback(_WriteLog(run, list(records), stage.name))
+            trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+            save(model, folder / WEIGHTS)
+            history = trainer.state.log_history
+            run.write_json(f"checkpoints/{stage.name}/history.json", history)
+        else:
+            load(model, folder / WEIGHTS)
+        records += _log_records(stage.name, history)
+        first_epoch += stage.epochs
+        after_stage(stage, model)
+    run.write_lines("log.jsonl", records)
+
+
+def _arguments(stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=stage.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        dataloader_drop_last=True,
+        dataloader_num_workers=recipe.workers,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=hardware.precision == "bfloat16",
+        logging_steps=5,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2 if recipe.selection == "validation" else 1,
+        load_best_model_at_end=recipe.selection == "validation",
+        metric_for_best_model="rsum",
+        greater_is_better=True,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to=list(recipe.report_to) or "none",
+        seed=seed,
+    )
+
+
+def _log_records(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Trainer's log history as the lines of log.jsonl."""
+    records: list[dict[str, Any]] = []
+    for entry in history:
+        record: dict[str, Any] = {"stage": stage, "epoch": entry.get("epoch"), "step": entry["step"]}
+        if validation := {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}:
+            records.append(record | {"validation": validation})
+        elif "loss" in entry:
+            parts = {key.removeprefix("part_"): value for key, value in entry.items() if key.startswith("part_")}
+            record |= {key: entry[key] for key in ("loss", "learning_rate", "grad_norm") if key in entry}
+            records.append(record | {"parts": parts})
+    return records
+
+
+class _WriteLog(TrainerCallback):
+    """Keep log.jsonl up to date after each epoch; after a resume it continues from the checkpoint's own history."""
+
+    def __init__(self, run: RunFolder, earlier: list[dict[str, Any]], stage: str) -> None:
+        self.run, self.earlier, self.stage = run, earlier, stage
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.run.write_lines("log.jsonl", self.earlier + _log_records(self.stage, state.log_history))
+
+
+class _Progress(TrainerCallback):
+    """One bar a stage, with the loss beside it and a line for each validation."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.bar = stage, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if self.bar is None:
+            return
+        if "eval_rsum" in logs:
+            self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: validation Rsum {logs['eval_rsum']:.1f}")
+        elif parts := {key.removeprefix("part_"): value for key, value in logs.items() if key.startswith("part_")}:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items()}, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,119 @@
+"""One training loop for every task: `transformers.Trainer` with a loss of named parts and the redundancy penalty."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adapters import load, save
+from regularizers import ReSoRA, capture
+
+WEIGHTS = "adapter.safetensors"
+LAST_WRITTEN = "trainer_state.json"  # of a checkpoint: where it is missing, the writer was killed
+
+
+class AdapterTrainer(Trainer):
+    """A `transformers.Trainer` for adapters: resume, mixed precision, DDP, accumulation and loggers are its own.
+
+    Args:
+        objective: (what the model returns, epochs since the first stage began) -> named parts of the loss; they are summed.
+        regularizer: a penalty on the subspaces of each training step, or None.
+        evaluator: model -> metrics, run at the end of each epoch; logged with the prefix "eval_". Or None.
+        first_epoch: epochs that earlier stages trained.
+        kwargs: as of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Callable[[Any, float], Mapping[str, Tensor]],
+        regularizer: ReSoRA | None = None,
+        evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+        first_epoch: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.objective, self.regularizer, self.evaluator = objective, regularizer, evaluator
+        self.first_epoch = first_epoch
+        self._parts: dict[str, Tensor] = {}
+        self._batches = 0
+        self.add_callback(_TellEpoch(self.train_dataset, first_epoch))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        context = nullcontext({}) if self.regularizer is None else capture(model)
+        with context as subspaces:  # left before backward: gradient checkpointing runs the forward again there
+            outputs = model(**inputs)
+        parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0)))
+        if self.regularizer is not None:
+            parts |= self.regularizer(subspaces)
+        loss = torch.stack([part.float() for part in parts.values()]).sum()
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name} {float(part.detach())}" for name, part in parts.items())
+            raise FloatingPointError(
+                f"the loss at step {self.state.global_step} is not finite: {values}; lower the learning rate, "
+                "or train in float32 (trainer.precision=float32)"
+            )
+        for name, part in parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + part.detach()
+        self._batches += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the base class does, with the mean of each part of the loss since the last time."""
+        if "loss" in logs and self._batches:
+            logs |= {f"part_{name}": float(total) / self._batches for name, total in self._parts.items()}
+            self._parts, self._batches = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Run the evaluator on the unwrapped model and log its metrics."""
+        assert self.evaluator is not None
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {f"eval_{name}": value for name, value in self.evaluator(model).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints hold what trains, not the frozen backbone, and nothing that has to be unpickled.
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
+
+
+class _TellEpoch(TrainerCallback):
+    """Tell the training data which epoch begins, so that its augmentation is a function of seed, epoch and item."""
+
+    def __init__(self, dataset: Any, first_epoch: int) -> None:
+        self.dataset, self.first_epoch = dataset, first_epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self.first_epoch + round(state.epoch or 0))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a stage; a half-written one (its writer was killed) is passed over."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / LAST_WRITTEN).is_file()]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
