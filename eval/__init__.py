@@ -1,4 +1,4 @@
-"""Embeddings in, trustworthy numbers out: exact search, ranks, retrieval metrics, the level of chance, a run's report.
+"""Embeddings in, trustworthy numbers out: exact search, ranks, retrieval metrics, chance, a run's report.
 
 The way of the data, one idea a file:
 
@@ -8,7 +8,7 @@ The way of the data, one idea a file:
     metrics      ranks -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
     chance       the same keys for a random ranking, in closed form
     tables       metrics -> plain text
-    report       a run folder -> one self-contained HTML page (fed by run_folder, history, figures, redundancy, pictures)
+    report       a run folder -> one HTML page, from run_folder, history, figures, redundancy and pictures
 
 Nothing here knows of models or training. `from eval.report import write_report` is kept apart because it imports
 matplotlib and jinja2, which an evaluation inside a training loop does not need.

@@ -16,9 +16,9 @@ def chance_level(image_of_text: ArrayLike, n_images: int) -> dict[str, float]:
 
         P(rank > K) = C(M - K, c) / C(M, c) = prod_{j < c} (M - K - j) / (M - j),    E[rank] = (M + 1) / (c + 1)
 
-    R@K and MeanR are exact means over the queries, whose numbers of captions may differ. MedR is the median of the rank of
-    a query drawn at random, to which the median of many queries converges; for t2i it is also exactly the expectation,
-    (N + 1) / 2, by symmetry.
+    R@K and MeanR are exact means over the queries, whose numbers of captions may differ. MedR is the median of the rank
+    of a query drawn at random, to which the median of many queries converges; for t2i it is also exactly the
+    expectation, (N + 1) / 2, by symmetry.
 
     Args:
         image_of_text: (M,) integers, as in `retrieval_metrics`.

@@ -67,6 +67,8 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap) if placed else height)
+    drift = sum(placed) / len(placed) - sum(heights) / len(heights)
+    placed = [height - drift for height in placed]
     ceiling = top
     for number in reversed(range(len(placed))):
         placed[number] = min(placed[number], ceiling)
@@ -75,7 +77,7 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
 
 
 def heatmap_figure(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], palette: Palette) -> Figure:
-    """Redundancy of one layer, (r, r) in 0..1, before and after on one colour scale, without the diagonal (always 1)."""
+    """Redundancy of one layer, (r, r) in 0..1, before and after on one colour scale; the diagonal (1) is left out."""
     matrices = [np.array(before, dtype=np.float64), np.array(after, dtype=np.float64)]
     for matrix in matrices:
         np.fill_diagonal(matrix, np.nan)
@@ -101,7 +103,7 @@ def heatmap_figure(before: Sequence[Sequence[float]], after: Sequence[Sequence[f
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG, text drawn as paths; the same figure gives the same bytes (no date, no random ids)."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "resora", "svg.fonttype": "path", "font.size": 10}):
+    with matplotlib.rc_context({"svg.hashsalt": "resora", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 

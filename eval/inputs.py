@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 def unit_rows(values: ArrayLike, name: str) -> NDArray[np.float32]:
     """Scale each row to length 1, so that inner products are cosines.
 
-    The arithmetic is float64 and only the result float32, so neither 1e-30 nor 1e30 leaves the range, and rows that differ
-    by a positive factor end, but for rare roundings, in the same bytes.
+    The arithmetic is float64 and only the result float32, so neither 1e-30 nor 1e30 leaves the range, and rows that
+    differ by a positive factor end, but for rare roundings, in the same bytes.
 
     Args:
         values: array or torch tensor (any floating type, bfloat16 included) of shape (N, D), N and D at least 1.

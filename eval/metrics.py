@@ -22,8 +22,8 @@ def retrieval_metrics(
     """Cross-modal retrieval by cosine, images to texts ("i2t") and texts to images ("t2i").
 
     R@K is a hit rate: the percentage of queries whose best right answer has a rank of at most K. With several captions
-    an image is a hit when one of them is found, so this is not the recall of information retrieval. Ranks count ties half
-    (`answer_ranks`) and are compared with K as they are: a tie for the first place, rank 1.5, is no hit at 1.
+    an image is a hit when one of them is found, so this is not the recall of information retrieval. Ranks count ties
+    half (`answer_ranks`) and are compared with K as they are: a tie for the first place, rank 1.5, is no hit at 1.
 
     Args:
         images: (N, D) array or torch tensor of image or video embeddings, once each; normalised here.
@@ -63,7 +63,7 @@ def recall_at_k(ranks: NDArray[np.float64], k: int) -> float:
 
 
 def with_rsum(directions: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{"i2t": {"R@1": ...}, "t2i": ...} as one flat dict, "i2t_R@1" ..., and "rsum", the sum of the six recalls, 0..600."""
+    """{"i2t": {"R@1": ...}, "t2i": ...} as one flat dict, "i2t_R@1" ..., and "rsum", the sum of the six recalls."""
     flat = {f"{direction}_{name}": value for direction, values in directions.items() for name, value in values.items()}
     return {**flat, "rsum": sum(flat[key] for key in RECALL_KEYS)}
 

@@ -43,7 +43,7 @@ def layer_redundancies(before: Matrices, after: Matrices) -> list[LayerRedundanc
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """The leading components that all dotted names share, with the last dot: "layer." of "layer.0.query", "layer.1.query"."""
+    """The leading components that all dotted names share, with the last dot: "layer." of "layer.0.q", "layer.1.q"."""
     shared = []
     for components in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(components)) > 1:

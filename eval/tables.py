@@ -14,8 +14,8 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float
     """(label, values) of each row: a split, then the level of chance for its size.
 
     Args:
-        metrics: the content of metrics.json, {"validation": {...}, "test": {...}, "chance": {"validation": {...}, ...}}.
-            "validation" may be absent: some data sets have none.
+        metrics: the content of metrics.json, {"validation": {...}, "test": {...}, "chance": {"test": {...}, ...}};
+            "validation" may be absent, as some data sets have none.
 
     Raises:
         ValueError: if there is no test split, or a split has no level of chance.

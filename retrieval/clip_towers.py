@@ -5,74 +5,83 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import open_clip
-from safetensors import SafetensorError
 from torch import nn
 
 import adapters  # noqa: F401  (makes timm and open_clip importable beside a CPU-only torch)
 from retrieval.encoders import dinov2_small, minilm_folder
 
 if TYPE_CHECKING:
+    from open_clip import CustomTextCLIP
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def embedded_clip(
     cache: Path, image_size: int, embed_dim: int = 256, context_length: int = 32
-) -> tuple[open_clip.CustomTextCLIP, HFTokenizer]:
+) -> tuple[CustomTextCLIP, PreTrainedTokenizerFast]:
     """DINOv2 ViT-S/14 and all-MiniLM-L6-v2 as the towers of one CLIP, in evaluation mode.
 
-    The towers are pretrained, each on its own; the two linear projections into the shared space are new, so until they are
-    trained retrieval is at chance.
+    The towers are pretrained, each on its own; the two linear projections into the shared space are new, so that
+    retrieval is at chance until they are trained.
 
     Args:
         cache: folder of the embedded encoders (`retrieval.encoders`).
         image_size: side of a frame in pixels, a multiple of 14. 56 is fast.
         embed_dim: D, width of the shared space.
-        context_length: tokens of a sentence; longer ones are cut, shorter ones padded with 0.
+        context_length: tokens of a sentence at most, as a note to whoever tokenizes; the tower takes 512.
 
     Returns:
-        The model (`visual.image_mean` and `visual.image_std` hold its normalisation) and a tokenizer: list of sentences ->
-        (B, context_length) int64.
+        The model, whose `visual.image_mean` and `visual.image_std` are the normalisation, and transformers' tokenizer.
     """
+    from open_clip import CustomTextCLIP
+    from open_clip.model import set_model_preprocess_cfg
+    from transformers import AutoTokenizer
+
     folder = str(minilm_folder(cache))
     vision = {"timm_model_name": "vit_small_patch14_dinov2", "timm_pool": "", "timm_proj": "linear"}
     text = {"hf_model_name": folder, "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
-    model = open_clip.CustomTextCLIP(embed_dim, vision, text | {"context_length": context_length})
-    # open_clip does not hand the image size to timm. This trunk has the right size and its weights.
+    model = CustomTextCLIP(embed_dim, vision, text)
+    # open_clip does not hand the image size to timm: this trunk has the right one, and its weights
     model.visual.trunk = dinov2_small(cache, image_size)
     model.visual.image_size = (image_size, image_size)
-    preprocess = {"size": image_size, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    model.visual.image_mean, model.visual.image_std = IMAGENET_MEAN, IMAGENET_STD
-    model.visual.preprocess_cfg = preprocess
-    return model.eval(), open_clip.tokenizer.HFTokenizer(folder, context_length=context_length)
+    model.context_length = model.text.context_length = context_length
+    set_model_preprocess_cfg(model, IMAGENET | {"size": image_size})
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=context_length)
+    return model.eval(), tokenizer
 
 
 def open_clip_tower(
     name: str, weights: Path | None, context_length: int = 32
 ) -> tuple[nn.Module, SimpleTokenizer | HFTokenizer]:
-    """One of open_clip's own CLIPs, in evaluation mode and float32.
+    """One of open_clip's own CLIPs, in evaluation mode and float32, and its tokenizer.
 
     Args:
         name: an architecture of `open_clip.list_models()`. OpenAI's weights need a name that ends in "-quickgelu": a
-            state dict does not say its activation, and with the wrong one they load and work badly.
+            state dict does not say its activation, and with the wrong one it loads and works badly.
         weights: a local .safetensors file with open_clip's keys, or None for random weights.
-        context_length: tokens of a sentence. Positions after them are cut off, as CLIP4Clip does (it takes 32 of 77).
+        context_length: tokens of a sentence. Later positions are cut off, as CLIP4Clip does (it takes 32 of 77).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the architecture is unknown or needs a model hub, or the file is not safetensors or does not fit.
     """
+    import open_clip
+    from safetensors import SafetensorError
+
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
-        raise ValueError(f"unknown architecture {name!r}; choose from open_clip.list_models(), such as 'ViT-B-32-quickgelu'")
-    if "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir():
-        raise ValueError(f"the text tower of {name!r} comes from a model hub; choose an architecture without hf_model_name")
+        raise ValueError(
+            f"unknown architecture {name!r}; choose from open_clip.list_models(), like 'ViT-B-32-quickgelu'"
+        )
+    if not Path(config["text_cfg"].get("hf_model_name", ".")).is_dir():
+        raise ValueError(f"the text tower of {name!r} comes from a model hub; choose one without hf_model_name")
     if weights is not None:
         _check_safetensors(Path(weights))
+    pretrained = None if weights is None else str(Path(weights).absolute())
     try:
-        model = open_clip.create_model(name, pretrained=None if weights is None else str(Path(weights).absolute()))
+        model = open_clip.create_model(name, pretrained=pretrained)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{weights} does not hold the weights of {name!r}: {error}") from error
     cut_context(model, context_length)
@@ -80,13 +89,14 @@ def open_clip_tower(
 
 
 def cut_context(clip: nn.Module, context_length: int) -> None:
-    """Keep the first `context_length` positions of a text transformer of open_clip. In place."""
+    """Keep the first `context_length` positions of open_clip's own text transformer, if that is what it has. In place."""
     text = getattr(clip, "text", clip)
     if not hasattr(text, "positional_embedding"):
         return
-    if context_length > len(text.positional_embedding):
-        raise ValueError(f"context_length is {context_length}, but the text tower has {len(text.positional_embedding)} positions")
-    text.positional_embedding = nn.Parameter(text.positional_embedding.detach()[:context_length].clone())
+    positions = text.positional_embedding
+    if context_length > len(positions):
+        raise ValueError(f"context_length is {context_length}, but the text tower has {len(positions)} positions")
+    text.positional_embedding = nn.Parameter(positions.detach()[:context_length].clone())
     if text.attn_mask is not None:
         text.attn_mask = text.attn_mask[:context_length, :context_length].clone()
     text.context_length = clip.context_length = context_length
@@ -97,6 +107,6 @@ def _check_safetensors(weights: Path) -> None:
         raise FileNotFoundError(f"no weights at {weights}; weights are local files, nothing is downloaded")
     if weights.suffix != ".safetensors":
         raise ValueError(
-            f"{weights} is not a .safetensors file, and pickled files, which can run code, are not opened. Convert one that "
-            'you trust: safetensors.torch.save_file(torch.load("x.pt", weights_only=True), "x.safetensors")'
+            f"{weights} is not a .safetensors file, and pickled files, which can run code, are not opened; convert one "
+            'that you trust: safetensors.torch.save_file(torch.load("x.pt", weights_only=True), "x.safetensors")'
         )

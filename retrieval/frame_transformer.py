@@ -49,7 +49,8 @@ class FrameTransformer(nn.Module):
         """
         length = frames.shape[1]
         if length > self.positions.num_embeddings:
-            raise ValueError(f"{length} frames, but max_frames is {self.positions.num_embeddings}; raise it or read fewer")
+            most = self.positions.num_embeddings
+            raise ValueError(f"clips have {length} frames, but max_frames is {most}; raise it, or read fewer frames")
         # The softmax over no frame at all is NaN: an item without frames attends to its padding, which nobody reads.
         padding = ~(frame_mask | ~frame_mask.any(dim=1, keepdim=True))
         hidden = frames + self.positions.weight[:length]
@@ -61,8 +62,8 @@ class FrameTransformer(nn.Module):
     def start_from_text(self, text: nn.Module) -> None:
         """Copy what fits from an open_clip text transformer, as CLIP4Clip does: its positions and its first blocks.
 
-        Of a text tower without them (a Hugging Face BERT) or of another width nothing is copied. Call it before an adapter
-        changes the tower.
+        Of a text tower without them (a Hugging Face BERT) or of another width nothing is copied. Call it before an
+        adapter changes the tower.
         """
         positions = getattr(text, "positional_embedding", None)
         if positions is not None and positions.shape[1] == self.positions.embedding_dim:
@@ -71,7 +72,7 @@ class FrameTransformer(nn.Module):
         theirs = getattr(getattr(text, "transformer", None), "resblocks", ())
         for block, their_block in zip(self.blocks, theirs, strict=False):
             weights = their_block.state_dict()
-            if {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in block.state_dict().items()}:
+            if _shapes(weights) == _shapes(block.state_dict()):
                 block.load_state_dict(weights)
 
 
@@ -93,6 +94,10 @@ class FrameBlock(nn.Module):
         normed = self.ln_1(hidden)
         hidden = hidden + self.attn(normed, normed, normed, key_padding_mask=padding, need_weights=False)[0]
         return hidden + self.mlp["c_proj"](quick_gelu(self.mlp["c_fc"](self.ln_2(hidden))))
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -18,10 +18,29 @@ from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
 
 def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: int) -> tuple[nn.Module, Any]:
     """VSE-infinity on region features. `text` is "minilm" (embedded) or a folder with a BERT in Hugging Face's layout."""
-    from retrieval.encoders import bert
-
     encoder, tokenizer = bert(text, cache)
     return VSEInfinity(encoder, data.visual(0).shape[-1], VSEInfinityConfig(**sizes)), tokenizer
+
+
+def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
+    """The text encoder called `name`: "minilm" (embedded) or a folder with config.json, model.safetensors and a tokenizer.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    from transformers import AutoTokenizer, BertModel
+
+    from retrieval.encoders import minilm
+
+    if name == "minilm":
+        return minilm(cache)
+    if not (Path(name) / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"model.text={name}: expected 'minilm' or a folder with a BERT in Hugging Face's layout (config.json, "
+            "model.safetensors, tokenizer.json); nothing is fetched from a hub"
+        )
+    encoder = BertModel.from_pretrained(name, add_pooling_layer=False, local_files_only=True, use_safetensors=True)
+    return encoder.eval(), AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
 def clip4clip(

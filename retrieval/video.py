@@ -40,7 +40,7 @@ def read_frames(
         count: the most frames to return, at least 1.
         slicing: which frames to keep when there are more, one of `SLICINGS`; see `frame_indices`.
         frames_per_second: sample at this rate first (CLIP4Clip: 1.0), or None to choose among all frames.
-        size: side in pixels of the square to resize (short side, bicubic) and centre-crop to; None keeps frames as they are.
+        size: side in pixels of the square to resize (short side, bicubic) and centre-crop to; None leaves frames as is.
         backend: one of `BACKENDS`. A file that it cannot read exactly goes to PyAV.
 
     Returns:
@@ -71,9 +71,9 @@ def frame_indices(
     """Choose at most `count` of `total` frames by CLIP4Clip's rule (Luo et al. 2021, https://arxiv.org/abs/2104.08860).
 
     One candidate each 1 / `frames_per_second` seconds, or every frame if that is None. Of more than `count` candidates
-    keep the first ("head"), the last ("tail") or evenly spaced ones, `linspace(0, n - 1, count)` rounded down ("uniform":
-    of 13 candidates, 12 are 0 to 10 and 12). The authors' code rounds `fps` down first and so drifts, at 29.97 fps by a
-    second in half a minute; here candidates stand at the exact times.
+    keep the first ("head"), the last ("tail") or evenly spaced ones, `linspace(0, n - 1, count)` rounded down
+    ("uniform": of 13 candidates, 12 are 0 to 10 and 12). The authors' code rounds `fps` down first and so drifts, at
+    29.97 fps by a second in half a minute; here candidates stand at the exact times.
 
     Returns:
         (T,) int64, strictly ascending, T <= count.
@@ -101,16 +101,16 @@ def frame_indices(
 def decord_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline) -> np.ndarray:
     """Decode frames `indices` with decord, (T, H, W, 3) uint8.
 
-    decord seeks, which is what makes it fast: 12 frames of a 20 s video in 200 ms, all of them in 850 ms. But decord 0.6.0
-    seeks to the n-th packet and calls what it decodes next the n-th frame. In an open group of pictures, frames shown
-    before the key frame are stored after it, so the two numbers differ and it returns wrong frames without a word. Its
-    own timestamps are sorted and cannot tell; the order of the packets can, so files where it matters are refused.
+    decord seeks, which is what makes it fast: 12 frames of a 20 s video in 200 ms, all of them in 850 ms. But decord
+    0.6.0 seeks to the n-th packet and calls what it decodes next the n-th frame. In an open group of pictures, frames
+    shown before the key frame are stored after it, so the two numbers differ and it returns wrong frames without a
+    word. Its own timestamps are sorted and cannot tell; the order of the packets can, so such files are refused.
 
     Raises:
         VideoError: decord is not installed, fails, or could return wrong frames.
     """
     if not line.seekable:
-        raise VideoError(path, "decord could return wrong frames (open groups of pictures, an edit list, or not an MP4)")
+        raise VideoError(path, "decord could return wrong frames: open groups of pictures, edit list, or not an MP4")
     try:
         import decord
     except ImportError as error:
@@ -122,17 +122,17 @@ def decord_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-6)
         total, frames = len(reader), reader.get_batch(indices).asnumpy()
     except Exception as error:  # its errors share no other base: RuntimeError, DECORDError(Exception), AssertionError
-        raise VideoError(path, f"decord failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        raise VideoError(path, f"decord failed: {type(error).__name__} {error}".strip()) from error
     if total != len(line.times):
         raise VideoError(path, f"decord counts {total} frames, the container {len(line.times)}")
     return frames
 
 
 def pyav_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline) -> np.ndarray:
-    """Decode frames `indices` with PyAV, (T, H, W, 3) uint8: in order from the start, each one's presentation time checked.
+    """Decode frames `indices` with PyAV, (T, H, W, 3) uint8: in order from the start, checking presentation times.
 
     Raises:
-        VideoError: a frame up to the last one wanted is missing, damaged, or shown at another time than the container says.
+        VideoError: a frame up to the last one wanted is missing, damaged, or not shown when the container says.
     """
     kept: list[np.ndarray] = []
     wanted, last = set(indices.tolist()), int(indices[-1])

@@ -6,11 +6,11 @@ second stage does. A stage that is done is not trained again, and a killed one g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -140,6 +140,7 @@ def _arguments(stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, se
         per_device_train_batch_size=recipe.batch_size,
         dataloader_drop_last=True,
         dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         max_grad_norm=recipe.max_grad_norm,

@@ -39,12 +39,13 @@ class AdapterTrainer(Trainer):
         first_epoch: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
+        super().__init__(eval_dataset=None if evaluator is None else [], **kwargs)
         self.objective, self.regularizer, self.evaluator = objective, regularizer, evaluator
         self.first_epoch = first_epoch
         self._parts: dict[str, Tensor] = {}
         self._batches = 0
-        self.add_callback(_TellEpoch(self.train_dataset, first_epoch))
+        self.add_callback(_Epochs(self.train_dataset, first_epoch))
 
     def compute_loss(
         self,
@@ -100,7 +101,7 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
 
 
-class _TellEpoch(TrainerCallback):
+class _Epochs(TrainerCallback):
     """Tell the training data which epoch begins, so that its augmentation is a function of seed, epoch and item."""
 
     def __init__(self, dataset: Any, first_epoch: int) -> None:
@@ -111,6 +112,9 @@ class _TellEpoch(TrainerCallback):
     ) -> None:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.first_epoch + round(state.epoch or 0))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

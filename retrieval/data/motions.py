@@ -1,6 +1,8 @@
 """Ten motions of a drawing on a plain background, and how people put them into words.
 
-    frames = animate(sprite, "left", background=(255, 255, 255), size=112, length=16)      # (16, 112, 112, 3) uint8
+    frames = animate(sprite, "left", background=(255, 255, 255), size=112, length=16)  # (16, 112, 112, 3) uint8
+
+Left and right, up and down, grow and shrink show the same frames in opposite orders.
 """
 
 from __future__ import annotations
@@ -42,13 +44,17 @@ class Motion:
 REACH = 0.27  # sides of the frame from the centre to where a movement begins and ends
 MOTIONS = {
     "left": Motion(
-        lambda t: Pose(x=REACH * (1 - 2 * t)), ("moving to the left", "sliding from right to left", "drifting leftwards")
+        lambda t: Pose(x=REACH * (1 - 2 * t)),
+        ("moving to the left", "sliding from right to left", "drifting leftwards"),
     ),
     "right": Motion(
-        lambda t: Pose(x=REACH * (2 * t - 1)), ("moving to the right", "sliding from left to right", "drifting rightwards")
+        lambda t: Pose(x=REACH * (2 * t - 1)),
+        ("moving to the right", "sliding from left to right", "drifting rightwards"),
     ),
     "up": Motion(lambda t: Pose(y=REACH * (1 - 2 * t)), ("moving up", "rising to the top", "floating upwards")),
-    "down": Motion(lambda t: Pose(y=REACH * (2 * t - 1)), ("moving down", "sinking to the bottom", "dropping downwards")),
+    "down": Motion(
+        lambda t: Pose(y=REACH * (2 * t - 1)), ("moving down", "sinking to the bottom", "dropping downwards")
+    ),
     "spin": Motion(lambda t: Pose(angle=360 * t), ("spinning", "rotating on the spot", "turning round and round")),
     "grow": Motion(lambda t: Pose(scale=0.5 + t), ("growing", "getting larger", "coming closer")),
     "shrink": Motion(lambda t: Pose(scale=1.5 - t), ("shrinking", "getting smaller", "moving away")),
@@ -93,10 +99,12 @@ def animate(
 def _draw(picture: Image.Image, pose: Pose, background: tuple[int, int, int], size: int, side: float) -> np.ndarray:
     frame = Image.new("RGB", (size, size), background)
     pixels = max(1, round(side * pose.scale * size))
-    shown = picture.resize((pixels, pixels), Image.Resampling.LANCZOS)
+    shown = picture.resize((pixels, pixels), Image.Resampling.BICUBIC)
     if pose.angle:
         shown = shown.rotate(-pose.angle, Image.Resampling.BICUBIC, expand=True)
-    mask = shown.getchannel("A").point(lambda alpha: round(alpha * pose.opacity))
+    mask = shown.getchannel("A")
+    if pose.opacity < 1:
+        mask = mask.point([round(alpha * pose.opacity) for alpha in range(256)])
     corner = [round(size * (0.5 + offset) - extent / 2) for offset, extent in zip(pose[:2], shown.size, strict=True)]
     frame.paste(shown, (corner[0], corner[1]), mask)
     return np.asarray(frame)

@@ -2,7 +2,7 @@
 
 A caption names both emoji and where they stand ("a fuel pump to the left of a microscope on a green background"), so
 a model must know things, colours, sizes and places to find the right picture. Emoji occur in every split, pairs of them
-in one only. Chance is a Rsum of about 10 of 600 on the test split. Artwork and names are made by people, composition
+in one only. Chance is a Rsum of about 6 of 600 on the test split. Artwork and names are made by people, composition
 and sentences are synthetic.
 
 Prepared folder ``<root>/openmoji/``: region features and captions in the format of `retrieval.data.precomputed`,
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -111,13 +112,13 @@ class OpenMojiScenes:
             os.replace(unfinished, folder)
 
 
-def _check_same(folder: Path, options: dict[str, object]) -> None:
+def _check_same(folder: Path, options: dict[str, Any]) -> None:
     prepared = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["options"]
     if prepared != options:
         raise ValueError(f"{folder} was prepared with {prepared}, not with {options}; delete it or choose another root")
 
 
-def _build(folder: Path, cache: Path, options: dict) -> None:
+def _build(folder: Path, cache: Path, options: dict[str, Any]) -> None:
     pca = None
     model = efficientnet_lite0(cache)
     for split, scenes in zip(SPLITS, sample_scenes(options["scenes"], options["seed"]), strict=True):

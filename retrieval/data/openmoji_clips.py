@@ -1,13 +1,15 @@
 """OpenMoji clips: 1,500 H.264 videos of an emoji in motion with three captions each, for video-text retrieval.
 
-150 emoji, each with all ten `MOTIONS`. Splits are made of pairs: each emoji and each motion is in the training split, but a
-pair of the validation or test split is in no other, so a model must put together what it learned apart. The three captions of
-a clip name the emoji and the motion in three ways ("an owl spinning", "an owl rotating on the spot", "a clip of an owl turning
-round and round"). Left and right, grow and shrink hold the same frames in another order, which the mean over frames does not
-see. Artwork and names are made by people, motions and sentences are synthetic.
+150 emoji, each with all ten `MOTIONS`. Splits are made of pairs: each emoji and each motion is in the training split,
+but a pair of the validation or test split is in no other, so a model must put together what it learned apart. The
+three captions of a clip name the emoji and the motion in three ways ("an owl spinning", "an owl rotating on the spot",
+"a clip of an owl turning round and round"). Left and right, up and down, grow and shrink show the same frames in
+opposite orders, which the mean over frames cannot tell apart. Artwork and names are made by people, motions and
+sentences are synthetic.
 
-Prepared folder ``<root>/openmoji_clips/``: ``videos/clip00000.mp4`` ... (16 frames, 112 px, 8 frames a second), ``train.csv``,
-``validation.csv`` and ``test.csv`` (video_id, sentence), ``clips.csv`` (what each clip shows) and ``manifest.json``.
+Prepared folder ``<root>/openmoji_clips/``: ``videos/clip00000.mp4`` ... (16 frames, 112 px, 8 frames a second),
+``train.csv``, ``validation.csv`` and ``test.csv`` (video_id, sentence), ``clips.csv`` (what each clip shows) and
+``manifest.json``.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ class OpenMojiClips:
         if size < 16 or size % 2:
             raise ValueError(f"size {size} is not an even number of pixels from 16 on; the default is 112")
         if min(clips) < 1 or sum(clips) > len(concepts()) * len(MOTIONS):
-            raise ValueError(f"clips={clips}: each split needs one clip, all together at most one for each emoji and motion")
+            most = len(concepts()) * len(MOTIONS)
+            raise ValueError(f"clips={clips}; each split needs one, and all together at most {most} pairs exist")
         folder = Path(root) / cls.name
         options = {"clips": list(clips), "size": size, "seed": seed}
         folder.parent.mkdir(parents=True, exist_ok=True)

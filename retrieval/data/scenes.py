@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {backward: forward for forward, backward in OPPOSITE.items()}
 SIDES = {"small": 0.29, "medium": 0.42, "large": 0.54}  # of the scene's side; two always fit beside each other
 SIZES = (("medium", "medium"), ("large", "small"), ("small", "large"))
+Option = TypeVar("Option")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Scene:
     relation: str
     colour: str
     sizes: tuple[str, str]
-    slack: tuple[float, float, float, float]
+    slack: tuple[float, ...]
     keyword: str | None
     keyword_for: int
 
@@ -72,22 +74,23 @@ def _distinct_pairs(total: int, random: np.random.Generator) -> Iterator[tuple[i
 
 
 def _sample_scene(pair: tuple[int, int], random: np.random.Generator) -> Scene:
-    def choose(options: Sequence) -> object:
-        return options[int(random.integers(len(options)))]
-
     own = [concepts()[index].keywords for index in pair]
     keyword_for = int(random.integers(2))
     if not own[keyword_for]:
         keyword_for = 1 - keyword_for
     return Scene(
         pair=pair,
-        relation=choose(tuple(OPPOSITE)),
-        colour=choose(tuple(COLOURS)),
-        sizes=choose(SIZES),
+        relation=_choose(tuple(OPPOSITE), random),
+        colour=_choose(tuple(COLOURS), random),
+        sizes=_choose(SIZES, random),
         slack=tuple(random.random(4).tolist()),
-        keyword=choose(own[keyword_for]) if own[keyword_for] else None,
+        keyword=_choose(own[keyword_for], random) if own[keyword_for] else None,
         keyword_for=keyword_for,
     )
+
+
+def _choose(options: Sequence[Option], random: np.random.Generator) -> Option:
+    return options[int(random.integers(len(options)))]
 
 
 def describe(scene: Scene) -> tuple[str, str, str, str, str]:

@@ -33,7 +33,7 @@ def _log(epochs: int) -> list[dict]:
 
 
 def write_run(folder: Path, *, layers: int = 3, rank: int = 4, epochs: int = 2, queries: int = 2) -> Path:
-    """Write every file of a finished run: query 0 finds its image at rank 2, item 5 is a clip, item 9 has no picture."""
+    """Write every file of a finished run: query 0 finds its image second, item 5 is a clip, item 9 has no picture."""
     rng = np.random.default_rng(0)
     owners = np.repeat(np.arange(20), 5)
     run = {
@@ -88,6 +88,13 @@ def write_run(folder: Path, *, layers: int = 3, rank: int = 4, epochs: int = 2, 
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder to read."""
+    return write_run(tmp_path_factory.mktemp("runs") / "seed0")
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
+    """A run's folder to change."""
     return write_run(tmp_path / "seed0")

@@ -1,0 +1,159 @@
+"""Metrics against a naive oracle: plain loops over float64 counts, and VSE++'s convention where nothing ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import retrieval_metrics
+from eval.ranks import answer_ranks
+
+KEYS = {f"{d}_{m}" for d in ("i2t", "t2i") for m in ("R@1", "R@5", "R@10", "MedR", "MeanR")} | {"rsum"}
+
+
+def _naive_ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Ranks from a matrix of scores (Q, N) and a mask of right answers (Q, N), by the definition, a query at a time."""
+    ranks = []
+    for row, mask in zip(scores, right, strict=True):
+        best, wrong = max(row[mask]), row[~mask]
+        ranks.append(1 + sum(s > best for s in wrong) + 0.5 * sum(s == best for s in wrong))
+    return np.array(ranks, dtype=np.float64)
+
+
+def _naive_metrics(scores: np.ndarray, owners: np.ndarray) -> dict[str, float]:
+    """Metrics of image-by-text scores (N, M)."""
+    right = owners[None, :] == np.arange(len(scores))[:, None]
+    metrics = {}
+    for direction, ranks in (("i2t", _naive_ranks(scores, right)), ("t2i", _naive_ranks(scores.T, right.T))):
+        metrics |= {f"{direction}_R@{k}": 100 * float(np.mean(ranks <= k)) for k in (1, 5, 10)}
+        metrics |= {f"{direction}_MedR": float(np.median(ranks)), f"{direction}_MeanR": float(np.mean(ranks))}
+    return metrics | {"rsum": sum(value for key, value in metrics.items() if "R@" in key)}
+
+
+def _ragged_owners(rng: np.random.Generator, images: int) -> np.ndarray:
+    """One to six captions an image, in no order."""
+    return rng.permutation(np.repeat(np.arange(images), rng.integers(1, 7, size=images)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 25), chunk_size=st.integers(1, 40))
+def test_agrees_with_the_definition_on_random_embeddings(seed: int, images: int, chunk_size: int) -> None:
+    rng = np.random.default_rng(seed)
+    owners = _ragged_owners(rng, images)
+    vision, text = rng.normal(size=(images, 16)), rng.normal(size=(len(owners), 16))
+    cosines = (vision / np.linalg.norm(vision, axis=1)[:, None]) @ (text / np.linalg.norm(text, axis=1)[:, None]).T
+    assert retrieval_metrics(vision, text, owners, chunk_size=chunk_size) == pytest.approx(
+        _naive_metrics(cosines, owners)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 12), places=st.integers(1, 4))
+def test_agrees_with_the_definition_on_embeddings_full_of_ties(seed: int, images: int, places: int) -> None:
+    rng = np.random.default_rng(seed)
+    owners = _ragged_owners(rng, images)
+    vision, text = rng.integers(places, size=images), rng.integers(places, size=len(owners))
+    scores = (vision[:, None] == text[None, :]).astype(np.float64)  # the inner products of one-hot rows, exactly
+    metrics = retrieval_metrics(np.eye(places)[vision], np.eye(places)[text], owners)
+    assert metrics == pytest.approx(_naive_metrics(scores, owners))
+
+
+def test_keys_and_range() -> None:
+    metrics = retrieval_metrics(np.eye(12), np.eye(12), np.arange(12))
+    assert set(metrics) == KEYS
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics["rsum"] == 600
+    assert all(metrics[f"{d}_{m}"] == 1 for d in ("i2t", "t2i") for m in ("MedR", "MeanR"))
+
+
+def test_equal_embeddings_get_the_middle_rank() -> None:
+    owners = np.repeat(np.arange(8), 5)
+    metrics = retrieval_metrics(np.ones((8, 3)), np.ones((40, 3)), owners)
+    assert (
+        metrics["i2t_MeanR"] == metrics["i2t_MedR"] == 1 + 35 / 2
+    )  # the 35 wrong captions tie, the five right do not count
+    assert metrics["t2i_MeanR"] == metrics["t2i_MedR"] == 1 + 7 / 2
+    assert (metrics["i2t_R@10"], metrics["t2i_R@1"], metrics["t2i_R@5"]) == (0, 0, 100)
+
+
+@pytest.mark.parametrize("images", [37, 503, 1025])
+def test_duplicates_tie_at_sizes_that_do_not_fill_a_block(images: int) -> None:
+    rows = np.random.default_rng(images).normal(size=(images, 64)).astype(np.float32)
+    rows[-1] = rows[3]
+    metrics = retrieval_metrics(rows, rows, np.arange(images))
+    assert metrics["t2i_R@1"] == metrics["i2t_R@1"] == pytest.approx(100 * (images - 2) / images)
+    assert metrics["t2i_MeanR"] == pytest.approx(1 + 2 * 0.5 / images)
+
+
+@pytest.mark.parametrize(("ulps", "rank"), [(-1, 1.0), (0, 1.5), (1, 2.0)])
+def test_a_wrong_answer_one_ulp_away(ulps: int, rank: float) -> None:
+    """The query reads the first coordinate alone, so each score is a float32 of the gallery, without any rounding."""
+    right = np.float32(0.6)
+    gallery = np.array([[right, 0.8, 0], [right + ulps * np.spacing(right), 0, 0.8]], dtype=np.float32)
+    query = np.array([[1, 0, 0]], dtype=np.float32)
+    assert answer_ranks(query, gallery, np.array([0]), np.array([0])) == [rank]
+
+
+def test_image_to_text_is_the_convention_of_vse() -> None:
+    """VSE++'s i2t, which takes the least position of images' five captions in the sorted list of all captions."""
+    rng = np.random.default_rng(5)
+    owners = np.repeat(np.arange(60), 5)
+    vision = rng.normal(size=(60, 24))
+    text = vision[owners] + 1.5 * rng.normal(size=(300, 24))
+    vision, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (vision, text))
+    ranks = np.zeros(60)
+    for index in range(60):
+        order = np.argsort(vision[index] @ text.T)[::-1]
+        ranks[index] = min(np.where(order == caption)[0][0] for caption in range(5 * index, 5 * index + 5))
+    metrics = retrieval_metrics(vision, text, owners)
+    assert metrics["i2t_R@1"] == pytest.approx(100 * np.mean(ranks < 1)) and 0 < metrics["i2t_R@1"] < 100
+    assert metrics["i2t_R@10"] == pytest.approx(100 * np.mean(ranks < 10))
+    assert np.floor(metrics["i2t_MedR"]) == np.floor(np.median(ranks)) + 1
+    assert metrics["i2t_MeanR"] == pytest.approx(ranks.mean() + 1)
+
+
+def test_tensors_of_any_precision_and_rows_of_any_length() -> None:
+    rng = np.random.default_rng(2)
+    rows = torch.from_numpy(rng.integers(-8, 8, size=(30, 9)) + 0.5).to(torch.bfloat16)
+    noise = torch.from_numpy(rng.integers(-8, 8, size=(30, 9)) + 0.5).to(torch.bfloat16)
+    owners = torch.arange(30)
+    expected = retrieval_metrics(rows.double().numpy(), noise.double().numpy(), owners.numpy())
+    assert retrieval_metrics(rows.requires_grad_(), noise, owners) == expected
+    scale = 2.0 ** torch.arange(-100, 110, 7)[:, None]  # powers of two: the same directions, bit for bit
+    assert retrieval_metrics(rows.double() * scale, noise.double() / scale, owners) == expected
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_broken_rows_are_refused_by_name_and_number(bad: float) -> None:
+    broken = np.eye(4)
+    broken[1:3, 0] = bad
+    with pytest.raises(ValueError, match="images: 2 of 4 rows hold NaN or infinite"):
+        retrieval_metrics(broken, np.eye(4), np.arange(4))
+    with pytest.raises(ValueError, match="texts: 2 of 4 rows hold NaN or infinite"):
+        retrieval_metrics(np.eye(4), broken, np.arange(4))
+
+
+def test_zero_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="texts: 3 of 4 rows are all zeros"):
+        retrieval_metrics(np.eye(4), np.diag([1.0, 0, 0, 0]), np.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "owners", "message"),
+    [
+        (np.eye(3), np.eye(3), [0, 0, 1], "1 of 3 images have no caption"),
+        (np.eye(3), np.eye(3), [0, 1, 3], r"1 of 3 entries are outside 0\.\.2"),
+        (np.eye(3), np.eye(3), [0, 1, -1], r"1 of 3 entries are outside 0\.\.2"),
+        (np.eye(3), np.eye(3), [0.0, 1.0, 2.0], "expected integers"),
+        (np.eye(3), np.eye(3), [0, 1, 2, 2], "one entry for each of the 3 texts; received 4"),
+        (np.eye(3), np.eye(4), [0, 1, 2, 2], "images have 3 dimensions and texts 4"),
+        (np.ones(3), np.eye(3), [0, 1, 2], r"images: expected one embedding a row.*\(3,\)"),
+        (np.ones((0, 3)), np.eye(3), [0, 1, 2], r"images: expected one embedding a row.*\(0, 3\)"),
+    ],
+)
+def test_input_that_does_not_fit_together_is_refused(images, texts, owners, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(images, texts, np.array(owners))

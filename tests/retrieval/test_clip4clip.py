@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retrieval.clip4clip import CLIP4Clip, normalise_frames
+from retrieval.clip_towers import cut_context, embedded_clip, open_clip_tower
+from retrieval.frame_transformer import FrameTransformer, quick_gelu
+
+TINY = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a small CLIP of open_clip's own kind, known to open_clip."""
+    config = tmp_path_factory.mktemp("configs") / "tiny-clip-of-tests.json"
+    config.write_text(json.dumps(TINY))
+    open_clip.add_model_config(config)
+    return config.stem
+
+
+@pytest.fixture
+def clip(tiny: str) -> nn.Module:
+    torch.manual_seed(0)
+    return open_clip_tower(tiny, None, context_length=16)[0]
+
+
+def clips(batch: int = 3, length: int = 4) -> tuple[Tensor, Tensor]:
+    """Normalised frames (B, T, 3, 32, 32), and a mask under which item b has T - b real frames."""
+    frames = torch.randn(batch, length, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return frames, torch.arange(length) < (length - torch.arange(batch))[:, None]
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x)
+
+
+def test_mean_pooling_by_hand(clip: nn.Module) -> None:
+    frames, mask = clips()
+    with torch.no_grad():
+        embedded = CLIP4Clip(clip).encode_visual(frames, mask).numpy()
+        for row, item, real in zip(embedded, frames, mask, strict=True):
+            features = [unit(clip.encode_image(frame[None])[0].numpy()) for frame in item[real]]
+            np.testing.assert_allclose(row, unit(np.mean(features, axis=0)), atol=1e-6)
+
+
+def test_text_by_hand(clip: nn.Module) -> None:
+    tokens = open_clip.get_tokenizer("ViT-B-32", context_length=16)(["a dog spinning", "an owl"])
+    shorter = tokens[:, : int((tokens != 0).sum(dim=1).max())]  # as a batch is padded
+    with torch.no_grad():
+        expected = [unit(row) for row in clip.encode_text(tokens).numpy()]
+        np.testing.assert_allclose(CLIP4Clip(clip).encode_text(shorter).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["meanP", "seqTransf"])
+def test_outputs(clip: nn.Module, head: str) -> None:
+    frames, mask = clips()
+    output = CLIP4Clip(clip, head=head)(frames, mask, torch.randint(1, 100, (3, 16)))
+    assert output["visual"].shape == output["text"].shape == (3, 64)
+    for side in ("visual", "text"):
+        torch.testing.assert_close(output[side].norm(dim=1), torch.ones(3))
+    assert output["logit_scale"].shape == ()
+    assert output["logit_scale"].item() == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize("head", ["meanP", "seqTransf"])
+def test_an_item_without_frames(clip: nn.Module, head: str) -> None:
+    model = CLIP4Clip(clip, head=head)
+    frames, mask = clips()
+    mask[1] = False
+    output = model(frames, mask, torch.randint(1, 100, (3, 16)))
+    assert (output["visual"][1] == 0).all()
+    (output["logit_scale"] * output["text"] @ output["visual"].T).exp().sum().log().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(gradients) > 20
+    assert all(gradient.isfinite().all() and gradient.abs().max() < 1e3 for gradient in gradients)
+
+
+def test_a_batch_without_frames(clip: nn.Module) -> None:
+    frames, mask = clips()
+    assert (CLIP4Clip(clip).encode_visual(frames, torch.zeros_like(mask)) == 0).all()
+
+
+@pytest.mark.parametrize("head", ["meanP", "seqTransf"])
+def test_padding_changes_nothing(clip: nn.Module, head: str) -> None:
+    model = CLIP4Clip(clip, head=head)
+    frames, mask = clips(batch=2)
+    with torch.no_grad():
+        expected = torch.cat([model.encode_visual(item[None, real], real[real][None]) for item, real in zip(frames, mask, strict=True)])
+        frames[~mask] = float("nan")
+        longer = functional.pad(frames, (0, 0, 0, 0, 0, 0, 0, 3), value=7.0)
+        torch.testing.assert_close(model.encode_visual(longer, functional.pad(mask, (0, 3))), expected, atol=1e-6, rtol=0)
+
+
+def test_only_the_sequence_head_sees_order(clip: nn.Module) -> None:
+    frames, mask = clips(batch=1)
+    for head, sees in (("meanP", False), ("seqTransf", True)):
+        model = CLIP4Clip(clip, head=head)
+        with torch.no_grad():
+            change = (model.encode_visual(frames, mask) - model.encode_visual(frames.flip(1), mask)).abs().max()
+        assert bool(change > 1e-3) == sees
+
+
+def with_torchs_layers(model: FrameTransformer, frames: Tensor, mask: Tensor) -> Tensor:
+    """The same transformer, of PyTorch's own layers with copied weights."""
+    width = frames.shape[-1]
+    hidden = frames + model.positions.weight[: frames.shape[1]]
+    for block in model.blocks:
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, 0.0, quick_gelu, 1e-12, batch_first=True, norm_first=True
+        )
+        layer.self_attn.load_state_dict(block.attn.state_dict())
+        layer.norm1.load_state_dict(block.ln_1.state_dict())
+        layer.norm2.load_state_dict(block.ln_2.state_dict())
+        layer.linear1.load_state_dict(block.mlp["c_fc"].state_dict())
+        layer.linear2.load_state_dict(block.mlp["c_proj"].state_dict())
+        hidden = layer(hidden, src_key_padding_mask=~mask)
+    return frames + hidden
+
+
+def test_frame_transformer_is_a_pre_norm_transformer() -> None:
+    torch.manual_seed(0)
+    model = FrameTransformer(128, max_frames=6)
+    for parameter in model.parameters():  # away from the small initial values, where blocks hardly act
+        nn.init.normal_(parameter, std=0.2)
+    frames, mask = torch.randn(3, 5, 128), torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
+    expected = with_torchs_layers(model, frames, mask)
+    torch.testing.assert_close(model(frames, mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+    model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(frames, mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_frame_transformer_starts_from_clips_text_tower(clip: nn.Module) -> None:
+    model = CLIP4Clip(clip, head="seqTransf", max_frames=12).frame_transformer
+    assert len(model.blocks) == 4
+    torch.testing.assert_close(model.positions.weight, clip.positional_embedding[:12])
+    for block, theirs in zip(model.blocks, clip.transformer.resblocks, strict=False):
+        assert block.state_dict().keys() == theirs.state_dict().keys()
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(block.state_dict()[name], value)
+        assert block.mlp["c_fc"].weight is not theirs.mlp.c_fc.weight
+        assert block.ln_1.eps == block.ln_2.eps == 1e-12
+
+
+def test_heads_are_what_is_not_a_tower(clip: nn.Module) -> None:
+    assert CLIP4Clip(clip).heads == ("clip.visual.proj", "clip.text_projection", "clip.logit_scale")
+    assert CLIP4Clip(clip, head="seqTransf").heads[-1] == "frame_transformer"
+
+
+def test_errors(clip: nn.Module) -> None:
+    with pytest.raises(ValueError, match="meanP, seqTransf"):
+        CLIP4Clip(clip, head="seqLSTM")
+    frames, mask = clips()
+    with pytest.raises(ValueError, match="max_frames is 3"):
+        CLIP4Clip(clip, head="seqTransf", max_frames=3).encode_visual(frames, mask)
+    with pytest.raises(ValueError, match="uint8"):
+        normalise_frames(frames, (0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match=r"data\.size=32"):
+        CLIP4Clip(clip).collate_visual([np.zeros((2, 56, 56, 3), np.uint8)])
+
+
+def test_normalise_frames() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4, 3), dtype=np.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+    expected = np.moveaxis((frames / 255 - np.array(mean)) / np.array(std), -1, 2)
+    normalised = normalise_frames(torch.from_numpy(frames), mean, std)
+    assert normalised.dtype == torch.float32
+    np.testing.assert_allclose(normalised.numpy(), expected, atol=1e-5)
+
+
+def test_collate_visual(clip: nn.Module) -> None:
+    rng = np.random.default_rng(0)
+    items = [rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8) for length in (2, 4, 1)]
+    batch = CLIP4Clip(clip).collate_visual(items)
+    assert batch["frames"].shape == (3, 4, 3, 32, 32)
+    assert batch["frame_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    for item, row, mask in zip(items, batch["frames"], batch["frame_mask"], strict=True):
+        expected = normalise_frames(torch.from_numpy(item)[None], clip.visual.image_mean, clip.visual.image_std)[0]
+        torch.testing.assert_close(row[mask], expected)
+        assert (row[~mask] == 0).all()
+
+
+def test_cut_context_keeps_features_of_short_sentences(tiny: str) -> None:
+    torch.manual_seed(0)
+    whole = open_clip.create_model(tiny).eval()
+    tokens = open_clip.get_tokenizer(tiny)(["a dog", "an owl spinning"])
+    with torch.no_grad():
+        expected = whole.encode_text(tokens)
+        cut_context(whole, 16)
+        torch.testing.assert_close(whole.encode_text(tokens[:, :16]), expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="16 positions"):
+        cut_context(whole, 77)
+
+
+def test_weights_come_from_safetensors_only(tiny: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    theirs = open_clip.create_model(tiny)
+    save_file(theirs.state_dict(), tmp_path / "clip.safetensors")
+    model, tokenizer = open_clip_tower(tiny, tmp_path / "clip.safetensors")
+    torch.testing.assert_close(model.visual.proj, theirs.visual.proj)
+    torch.testing.assert_close(model.positional_embedding, theirs.positional_embedding[:32])
+    assert tokenizer(["an owl"]).shape == (1, 32)
+    assert not model.training
+
+    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="safetensors"):
+        open_clip_tower(tiny, tmp_path / "clip.pt")
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+        open_clip_tower(tiny, tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text("this is not it")
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        open_clip_tower(tiny, tmp_path / "text.safetensors")
+    save_file({"logit_scale": torch.zeros(())}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        open_clip_tower(tiny, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/something", "ViT-B-31"])
+def test_unknown_architectures(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown architecture"):
+        open_clip_tower(name, None)
+
+
+def test_text_towers_of_a_hub_are_refused() -> None:
+    with pytest.raises(ValueError, match="model hub"):
+        open_clip_tower("roberta-ViT-B-32", None)
+
+
+def test_embedded_clip_is_its_two_towers(cache: Path) -> None:
+    from retrieval.encoders import dinov2_small, minilm
+
+    torch.manual_seed(0)
+    clip, tokenizer = embedded_clip(cache, image_size=56)
+    model = CLIP4Clip(clip, head="seqTransf")
+    assert model.heads == ("clip.visual.head", "clip.text.proj", "clip.logit_scale", "frame_transformer")
+    images = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
+    frames = model.collate_visual([images])["frames"]
+    encoded = tokenizer(["an owl spinning", "a dog"], padding=True, return_tensors="pt")
+    bert, _ = minilm(cache)
+    with torch.no_grad():
+        trunk = dinov2_small(cache, 56)(frames[0])  # (2, 384), the class token after the last norm
+        features = clip.encode_image(frames[0])
+        assert features.shape == (2, 256)
+        torch.testing.assert_close(features, trunk @ clip.visual.head.proj.weight.T, atol=1e-4, rtol=1e-4)
+        states = bert(**encoded).last_hidden_state
+        mask = encoded["attention_mask"].unsqueeze(-1)
+        pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)
+        sentences = clip.encode_text(encoded["input_ids"])
+        torch.testing.assert_close(sentences, pooled @ clip.text.proj.weight.T, atol=1e-4, rtol=1e-4)
+        output = model(frames, torch.ones(1, 2), encoded["input_ids"][:1], encoded["attention_mask"][:1])
+    assert output["visual"].shape == (1, 256)

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrieval.timeline import timeline
+from retrieval.video import BACKENDS, VideoError, frame_indices, read_frames, resize_and_crop
+
+SIDE = 64
+CLOSED = {"x264-params": "keyint=24:min-keyint=24:scenecut=0:bframes=3"}
+OPEN = {"x264-params": "keyint=24:min-keyint=24:scenecut=0:bframes=3:b-adapt=0:open-gop=1"}
+ALL_KEYS = {"x264-params": "keyint=1"}
+
+
+def numbered(total: int) -> np.ndarray:
+    """Frames that carry their number: bar b is bright where bit b is set."""
+    frames = np.full((total, SIDE, SIDE, 3), 40, np.uint8)
+    for number in range(total):
+        for bit in range(10):
+            if number >> bit & 1:
+                frames[number, :, 6 * bit : 6 * bit + 6] = (220, 200, 180)
+    return frames
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [sum(1 << bit for bit in range(10) if frame[:, 6 * bit + 2 : 6 * bit + 4].mean() > 120) for frame in frames]
+
+
+def encode(path: Path, total: int, codec: str = "libx264", rate: int = 24, options: dict | None = None, **container) -> Path:
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=rate, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        for frame in numbered(total):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def decoded(path: Path) -> np.ndarray:
+    """Every frame, by PyAV alone."""
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+FILES = {
+    "h264": ("clip.mp4", {"options": CLOSED}),
+    "h264 at 8 fps": ("clip.mp4", {"options": CLOSED, "rate": 8}),
+    "h264, open groups": ("clip.mp4", {"options": OPEN}),
+    "h264, open groups, matroska": ("clip.mkv", {"options": OPEN}),
+    "h264, key frames only": ("clip.mp4", {"options": ALL_KEYS}),
+    "h264, fragmented": ("clip.mp4", {"options": CLOSED, "movflags": "frag_keyframe+empty_moov"}),
+    "h264, avi": ("clip.avi", {"options": CLOSED}),
+    "mpeg4": ("clip.mp4", {"codec": "mpeg4", "options": {"b": "2000000"}}),
+    "mpeg4 at 8 fps": ("clip.mp4", {"codec": "mpeg4", "rate": 8, "options": {"b": "2000000"}}),
+    "mpeg2, program stream": ("clip.mpg", {"codec": "mpeg2video", "options": {"b": "2000000"}}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("file", FILES)
+def test_frames_are_the_ones_asked_for(tmp_path: Path, file: str, backend: str) -> None:
+    name, how = FILES[file]
+    path = encode(tmp_path / name, total=130, **how)
+    every = decoded(path)
+    assert numbers(every) == list(range(130))
+    for count, slicing in ((12, "uniform"), (5, "uniform"), (3, "tail"), (200, "head")):
+        wanted = frame_indices(130, 24, count, slicing)
+        frames = read_frames(path, count, slicing=slicing, backend=backend)
+        np.testing.assert_array_equal(frames, every[wanted])
+
+
+def test_decord_never_returns_a_wrong_frame(tmp_path: Path) -> None:
+    """What decord is trusted with it reads exactly; seeks into open groups, where it does not, are refused."""
+    trusted = []
+    for name, options in (("closed", CLOSED), ("open", OPEN), ("keys", ALL_KEYS)):
+        path = encode(tmp_path / f"{name}.mp4", total=100, options=options)
+        line, every = timeline(path), decoded(path)
+        trusted.append(line.seekable)
+        for indices in (np.array([23, 24, 25, 72, 99]), np.array([48]), np.array([96])):
+            if line.seekable:
+                np.testing.assert_array_equal(BACKENDS["decord"](path, indices, line), every[indices])
+            else:
+                with pytest.raises(VideoError, match="wrong frames"):
+                    BACKENDS["decord"](path, indices, line)
+            np.testing.assert_array_equal(BACKENDS["pyav"](path, indices, line), every[indices])
+    assert trusted == [True, False, True]
+
+
+def test_a_cut_through_an_open_group_loses_no_count(tmp_path: Path) -> None:
+    """Frames that refer to what was cut away are in the file and in decord's count, and cannot be shown."""
+    whole, cut = encode(tmp_path / "whole.mp4", total=100, options=OPEN), tmp_path / "cut.mp4"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        keys = 0
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe
+            if packet.dts is not None and keys > 1:
+                packet.stream = stream
+                target.mux(packet)
+    for backend in BACKENDS:
+        assert numbers(read_frames(cut, 100, backend=backend)) == list(range(24, 100))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_frame_a_second(tmp_path: Path, backend: str) -> None:
+    path = encode(tmp_path / "clip.mp4", total=130, options=CLOSED)
+    assert numbers(read_frames(path, 12, frames_per_second=1, backend=backend)) == [0, 24, 48, 72, 96, 120]
+    assert numbers(read_frames(path, 4, frames_per_second=2, slicing="tail", backend=backend)) == [84, 96, 108, 120]
+
+
+def test_frame_indices_of_13_seconds() -> None:
+    assert frame_indices(13 * 30, 30, 12, "uniform", 1).tolist() == [30 * second for second in (*range(11), 12)]
+
+
+def test_frame_indices_at_29_97() -> None:
+    assert frame_indices(899, 30000 / 1001, 100, "head", 1).tolist() == [int(k * 30000 / 1001) for k in range(30)]
+
+
+@given(
+    total=st.integers(1, 400),
+    fps=st.integers(1, 60),
+    count=st.integers(1, 20),
+    slicing=st.sampled_from(["head", "tail", "uniform"]),
+    rate=st.sampled_from([None, 1]),
+)
+def test_frame_indices_by_the_rule(total: int, fps: int, count: int, slicing: str, rate: int | None) -> None:
+    candidates = [index for index in range(total) if rate is None or index % fps == 0]
+    if len(candidates) > count:
+        last = len(candidates) - 1
+        spaced = [int(position) for position in np.linspace(0, last, count)]
+        picked = {"head": range(count), "tail": range(last + 1 - count, last + 1), "uniform": spaced}[slicing]
+        candidates = [candidates[position] for position in picked]
+    indices = frame_indices(total, fps, count, slicing, rate)
+    assert indices.tolist() == candidates
+    assert indices.dtype == np.int64
+
+
+@given(total=st.integers(1, 400), fps=st.floats(0.5, 240), rate=st.floats(0.1, 100), count=st.integers(1, 500))
+def test_frame_indices_are_distinct_and_in_range(total: int, fps: float, rate: float, count: int) -> None:
+    indices = frame_indices(total, fps, count, "uniform", rate)
+    assert 1 <= len(indices) <= count and indices[0] == 0 and indices[-1] < total
+    assert (np.diff(indices) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 25.0, 4), "at least 1"),
+        ((10, 25.0, 0), "at least 1"),
+        ((10, 25.0, 4, "middle"), "head, tail, uniform"),
+        ((10, 25.0, 4, "head", -1.0), "positive"),
+    ],
+)
+def test_frame_indices_refuses(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frame_indices(*arguments)
+
+
+def test_unknown_backend(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="decord, pyav"):
+        read_frames(tmp_path / "clip.mp4", 4, backend="opencv")
+
+
+def test_resized_like_clip(tmp_path: Path) -> None:
+    """As torchvision's Resize(bicubic) and CenterCrop, which CLIP's own preprocessing is made of."""
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    rng = np.random.default_rng(0)
+    for height, width in ((61, 97), (97, 61), (32, 50), (20, 20)):
+        frame = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        resized = Resize(32, InterpolationMode.BICUBIC)(Image.fromarray(frame))
+        np.testing.assert_array_equal(resize_and_crop(frame, 32), np.asarray(CenterCrop(32)(resized)))
+    path = encode(tmp_path / "clip.mp4", total=5)
+    assert read_frames(path, 3, size=32).shape == (3, 32, 32, 3)
+    assert read_frames(path, 3).shape == (3, SIDE, SIDE, 3)
+
+
+def scrambled(content: bytes, start: float, stop: float) -> bytes:
+    """Noise in place of a part of the coded pictures; the header, behind them, stays sound."""
+    first, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    damaged = bytearray(content)
+    where = slice(first + int(start * (end - first)), first + int(stop * (end - first)))
+    damaged[where] = np.random.default_rng(0).bytes(len(damaged[where]))
+    return bytes(damaged)
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("aac", rate=16000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        file.mux(stream.encode(silence))
+        file.mux(stream.encode())
+
+
+def from_clip(change: Callable[[bytes], bytes], **how) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(change(encode(path.with_name("sound.mp4"), 100, **({"options": CLOSED} | how)).read_bytes()))
+
+    return write
+
+
+def before_last_packets(path: Path) -> None:
+    """Cut exactly between two pictures, behind an index that names them all."""
+    sound = encode(path.with_name("sound.mp4"), 100, options=CLOSED, movflags="+faststart")
+    with av.open(str(sound)) as file:
+        positions = [packet.pos for packet in file.demux(video=0) if packet.size]
+    path.write_bytes(sound.read_bytes()[: positions[60]])
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such file"),
+    "folder": (Path.mkdir, "no such file"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text": (lambda path: path.write_text("hello\n" * 500), "FFmpeg cannot read it"),
+    "nothing but NUL": (lambda path: path.write_bytes(bytes(5000)), "FFmpeg cannot read it"),
+    "audio only": (audio_only, "no video stream"),
+    "truncated, index lost": (from_clip(lambda content: content[: len(content) // 2]), "FFmpeg cannot read it"),
+    "truncated": (from_clip(lambda content: content[: len(content) * 2 // 3], movflags="+faststart"), "truncated"),
+    "truncated between frames": (before_last_packets, "truncated"),
+    "scrambled": (from_clip(lambda content: scrambled(content, 0, 1)), "no frame that can be decoded"),
+    "scrambled, mpeg4": (from_clip(lambda content: scrambled(content, 0, 1), codec="mpeg4", options={}), "cannot decode"),
+    "second half scrambled": (from_clip(lambda content: scrambled(content, 0.5, 1)), "cannot decode|damaged"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files(tmp_path: Path, kind: str, backend: str) -> None:
+    make, reason = BAD_FILES[kind]
+    path = tmp_path / "bad.mp4"
+    make(path)
+    with pytest.raises(VideoError, match=reason) as caught:
+        read_frames(path, 12, backend=backend)
+    assert caught.value.path == path
+    assert str(path) in str(caught.value)
+
+
+def test_video_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(VideoError("clip.mp4", "it is broken")))
+    assert (error.path, error.reason) == (Path("clip.mp4"), "it is broken")
+
+
+def test_without_decord_pyav_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "clip.mp4", total=20)
+    monkeypatch.setitem(__import__("sys").modules, "decord", None)
+    with pytest.warns(UserWarning, match="decord is not installed"):
+        assert numbers(read_frames(path, 20)) == list(range(20))

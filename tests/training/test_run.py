@@ -1,0 +1,86 @@
+"""The run folder, the hardware choice and the optimiser groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from adapters import Full, LoRA, inject
+from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_hardware
+from training.optimizers import parameter_groups
+from training.trainer import latest_checkpoint
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(4, 12)})
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+
+def test_parameters_fall_into_groups_by_what_they_are() -> None:
+    rates = LearningRates(adapter=3.0, head=2.0, backbone=1.0, weight_decay=0.5)
+    model = inject(Tower(), LoRA(rank=2, targets=("q",)), train=("head",))
+    groups = parameter_groups(model, rates, ("head",))
+    sizes = {(g["name"], g["lr"], g["weight_decay"]): sum(p.numel() for p in g["params"]) for g in groups}
+    assert sizes == {("adapter", 3.0, 0.5): 16, ("head", 2.0, 0.5): 8, ("head", 2.0, 0.0): 2}
+    full = parameter_groups(inject(Tower(), Full(), train=("head",)), rates, ("head",))
+    assert {(g["name"], g["lr"]) for g in full} == {("backbone", 1.0), ("head", 2.0)}
+    assert sum(p.numel() for g in full for p in g["params"]) == sum(p.numel() for p in model.parameters()) - 16
+    with pytest.raises(ValueError, match="nothing trains"):
+        parameter_groups(Tower().requires_grad_(False), rates, ("head",))
+
+
+def test_a_run_refuses_another_configuration_and_a_path_out_of_its_root(tmp_path: Path) -> None:
+    run = RunFolder.of(tmp_path, "retrieval", "openmoji", "seed0")
+    run.begin({"seed": 0, "adapter": {"rank": 8}})
+    run.begin({"seed": 0, "adapter": {"rank": 8}})
+    with pytest.raises(ValueError, match=r"adapter.rank: 8 then, 4 now"):
+        run.begin({"seed": 0, "adapter": {"rank": 4}})
+    for level in ("..", "a/b", "", ".hidden"):
+        with pytest.raises(ValueError, match="cannot name a folder"):
+            RunFolder.of(tmp_path, level)
+    assert not run.finished
+    run.write_json("metrics.json", {"a": 1})
+    assert run.finished and run.read_json("metrics.json") == {"a": 1} and run.read_json("other.json") is None
+    assert not list(run.path.glob("*.partial"))
+    with pytest.raises(ValueError):
+        run.write_json("bad.json", {"a": float("nan")})
+    assert not (run.path / "bad.json").exists()
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    for step, complete in ((5, True), (10, True), (100, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_hardware_is_what_is_asked_for_or_measured() -> None:
+    threads = torch.get_num_threads()
+    assert choose_hardware(2, "float32") == Hardware(2, "float32")
+    measured = choose_hardware()
+    assert measured.threads >= 1 and measured.precision in ("float32", "bfloat16")
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ValueError, match="threads is 0"):
+        choose_hardware(0)
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        choose_hardware(precision="half")
+
+
+def test_bad_recipes_are_refused() -> None:
+    stage = Stage(name="a", epochs=1)
+    for settings in ({"stages": ()}, {"stages": (stage, stage)}, {"stages": (Stage(name="a", epochs=0),)}):
+        with pytest.raises(ValueError, match="distinct names"):
+            Recipe(**settings)
+    with pytest.raises(ValueError, match="batch_size=1"):
+        Recipe(stages=(stage,), batch_size=1)
+    with pytest.raises(ValueError, match="last, validation"):
+        Recipe(stages=(stage,), selection="test")

@@ -1,0 +1,65 @@
+"""Stages, and a real kill: the resumed run ends in the same bits as the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, epoch: int) -> None:
+    torch.set_num_threads(1)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    script = [sys.executable, tiny.__file__, str(killed), str(epoch)]
+    assert subprocess.run(script, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert not (killed / "checkpoints/regularize/history.json").exists()
+    resumed, uninterrupted = tiny.train(killed), tiny.train(whole)
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    without_score = [{k: v for k, v in line.items() if k != "validation"} for line in lines(killed)]
+    assert without_score == [{k: v for k, v in line.items() if k != "validation"} for line in lines(whole)]
+
+
+def test_stages_train_with_and_without_the_penalty_and_are_logged(tmp_path: Path) -> None:
+    model = tiny.train(tmp_path)
+    log = lines(tmp_path)
+    parts = {stage: {part for line in log if line["stage"] == stage for part in line.get("parts", {})} for stage in
+             ("adapt", "regularize")}  # fmt: skip
+    assert parts == {"adapt": {"squares"}, "regularize": {"squares", "resora_linear"}}
+    for line in log:
+        if "parts" in line:
+            assert line["loss"] == pytest.approx(sum(line["parts"].values()), rel=1e-4)
+    assert [line["epoch"] for line in log if "validation" in line] == [1, 2, 1, 2, 3]
+    saved = load_file(tmp_path / "checkpoints/regularize/adapter.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
+    weights = [path.name for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pkl")]
+    assert not weights, "a checkpoint holds nothing to unpickle but torch's own optimiser state"
+
+
+def test_the_penalty_changes_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_penalty = tiny.train(tmp_path / "a")
+    monkeypatch.setattr(tiny, "ReSoRA", lambda *_, **__: None)
+    without = tiny.train(tmp_path / "b")
+    a = "mlp.fc1.branches.fc1.A"
+    assert not torch.equal(with_penalty.state_dict()[a], without.state_dict()[a])
+
+
+def test_too_little_data_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.Items, "__len__", lambda self: 4)
+    with pytest.raises(ValueError, match="4 training items make no batch of 5"):
+        tiny.train(tmp_path)
+    assert not list(tmp_path.iterdir())

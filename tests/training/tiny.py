@@ -1,0 +1,82 @@
+"""A two-stage training of a few seconds. Run as a script it is the one that gets killed: FOLDER [epoch to die in]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import adapters  # before transformers, which imports torchvision
+from adapters import LoRA, inject
+from regularizers import ReSoRA
+from training import Hardware, LearningRates, Recipe, RunFolder, Stage, run_stages
+
+
+class Items(Dataset):
+    """Vectors that depend on index and epoch, as augmented data do."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randn(6, generator=torch.Generator().manual_seed(100 * self.epoch + index))
+
+
+class Model(nn.Module):
+    """A layer that LoRA knows, dropout (it draws from the global generator) and a batch norm (it has buffers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(6, 8)})
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mlp["fc1"](x))
+
+
+def train(folder: Path, die_in_epoch: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    model = inject(Model(), LoRA(rank=3, targets=("fc1",)), train=("head",))
+    evaluations = 0
+
+    def evaluator(model: nn.Module) -> dict[str, float]:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == die_in_epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"rsum": float(evaluations)}
+
+    run_stages(
+        model,
+        Recipe(
+            stages=(Stage(name="adapt", epochs=2), Stage(name="regularize", epochs=3, regularize=True)),
+            batch_size=5,
+            rates=LearningRates(adapter=0.1, head=0.05),
+        ),
+        RunFolder(folder),
+        dataset=Items(),
+        collate=lambda items: {"x": torch.stack(items)},
+        objective=lambda output, epoch: {"squares": (output - epoch).square().mean()},
+        evaluator=evaluator,
+        heads=("head",),
+        regularizer=ReSoRA("linear", weight=0.1),
+        hardware=Hardware(1, "float32"),
+        seed=3,
+    )
+    return model
+
+
+if __name__ == "__main__":
+    assert adapters
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), int(sys.argv[2]))
