@@ -11,6 +11,9 @@ endif
 ifdef PIP_CERT
 export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
+# More settings for the two commands of a demo, such as TRAIN="trainer.stages.adapt.epochs=10".
+PREPARE ?=
+TRAIN ?=
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
@@ -30,12 +33,12 @@ help: ## this list
 	@touch $@ .venv/demo.installed
 
 demo: .venv/demo.installed ## train VSE-infinity with LoRA, then LoRA + ReSoRA, on real pictures and sentences; print the report's path
-	$(BIN)/python scripts/prepare_data.py data=openmoji
-	$(BIN)/python scripts/train_retrieval.py data=openmoji model=vse_infty adapter=lora regularizer=linear seed=0
+	$(BIN)/python scripts/prepare_data.py data=openmoji $(PREPARE)
+	$(BIN)/python scripts/train_retrieval.py data=openmoji model=vse_infty adapter=lora regularizer=linear seed=0 $(TRAIN)
 
 demo-clips: .venv/demo.installed ## the same for video: CLIP4Clip on H.264 clips
-	$(BIN)/python scripts/prepare_data.py data=openmoji_clips
-	$(BIN)/python scripts/train_retrieval.py data=openmoji_clips model=clip4clip adapter=lora regularizer=linear seed=0
+	$(BIN)/python scripts/prepare_data.py data=openmoji_clips $(PREPARE)
+	$(BIN)/python scripts/train_retrieval.py data=openmoji_clips model=clip4clip adapter=lora regularizer=linear seed=0 $(TRAIN)
 
 test: .venv/dev.installed ## install what is missing and run the tests
 	$(BIN)/python -m pytest

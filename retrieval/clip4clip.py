@@ -47,10 +47,10 @@ class CLIP4Clip(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; choose from {', '.join(HEADS)}")
-        self.clip = clip
+        self.clip, self.width = clip, embedding_width(clip)
         self.frame_transformer: FrameTransformer | None = None
         if head == "seqTransf":
-            self.frame_transformer = FrameTransformer(embedding_width(clip), max_frames)
+            self.frame_transformer = FrameTransformer(self.width, max_frames)
             self.frame_transformer.start_from_text(text_tower(clip))
 
     @property
@@ -73,9 +73,9 @@ class CLIP4Clip(nn.Module):
             (B, D) float32, unit rows; zeros for an item without frames.
         """
         mask = frame_mask.bool()
-        encoded = self.clip.encode_image(frames[mask]).float()  # (real frames, D)
-        features = encoded.new_zeros(*mask.shape, encoded.shape[-1])
-        features[mask] = encoded
+        features = torch.zeros(*mask.shape, self.width, device=frames.device)
+        if mask.any():
+            features[mask] = self.clip.encode_image(frames[mask]).float()  # (real frames, D)
         if self.frame_transformer is not None:
             features = self.frame_transformer(features, mask).float()
         return unit(masked_mean(unit(features), mask))
@@ -107,7 +107,7 @@ class CLIP4Clip(nn.Module):
         }
 
     def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """Clips of (T_b, H, W, 3) uint8 frames -> zero-padded frames (B, T, 3, H, W), normalised, and their mask (B, T).
+        """Clips of (T_b, H, W, 3) uint8 frames -> normalised, zero-padded frames (B, T, 3, H, W), mask (B, T).
 
         Raises:
             ValueError: frames are not of the size that the image tower takes.

@@ -89,7 +89,7 @@ def open_clip_tower(
 
 
 def cut_context(clip: nn.Module, context_length: int) -> None:
-    """Keep the first `context_length` positions of open_clip's own text transformer, if that is what it has. In place."""
+    """Keep the first `context_length` positions of open_clip's own text transformer; leave others alone. In place."""
     text = getattr(clip, "text", clip)
     if not hasattr(text, "positional_embedding"):
         return

@@ -70,6 +70,7 @@ class Experiment:
             raise ValueError(f"trainer.pairing is {trainer['pairing']!r}; expected one of {', '.join(PAIRINGS)}")
         for kind, name, known in (("data", data["name"], DATASETS), ("model", model["name"], MODELS)):
             _check(kind, name, known)
+        data.pop("prepare", None)  # how the data were made is checked by their fingerprint
         return cls(
             data=data.pop("name"),
             data_options=data,

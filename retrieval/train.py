@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
 
-from adapters import adapter_parameters, inject, save, trainable_parameters
+from adapters import adapter_parameters, save, trainable_parameters
 from eval import chance_level, retrieval_metrics
 from eval.report import write_report
 from regularizers import Subspaces, capture, mean_redundancy, redundancy
+from retrieval.assemble import assemble
 from retrieval.batch import Captions, TrainingPairs, collate_text, collator
-from retrieval.data import DATASETS, SPLITS, RetrievalDataset
+from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
-from retrieval.models import build_model
 from retrieval.showcase import save_showcase
 from training import Hardware, RunFolder, Stage, choose_hardware, run_stages
 from training.run import environment
@@ -48,7 +47,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         return run
 
     with _clock(run, "load data and encoders"):
-        splits, model, captions = prepare(experiment)
+        splits, model, captions = assemble(experiment)
     hardware = _describe(run, experiment, model, splits)
     torch.set_num_threads(hardware.threads)
     validation, test, precision = splits["validation"], splits["test"], hardware.precision
@@ -95,17 +94,6 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run.write_json("metrics.json", metrics)
     write_report(run.path)
     return run
-
-
-def prepare(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], nn.Module, dict[str, Captions]]:
-    """The splits, the model with a fresh adapter in it, and the tokenized captions of each split."""
-    dataset = DATASETS[experiment.data]
-    splits = {split: dataset(experiment.root, split, **experiment.data_options) for split in SPLITS}
-    set_seed(experiment.seed)  # the first values of the heads and of the adapter
-    model, tokenizer = build_model(experiment.model, splits["train"], experiment.cache)
-    inject(model, experiment.adapter, train=model.heads)
-    captions = {name: Captions(data.captions, tokenizer, experiment.max_length) for name, data in splits.items()}
-    return splits, model, captions
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Evaluate a finished run again, from its adapter file: Recall@K both ways, median rank and Rsum of one split.
+"""Evaluate a finished run again, from its adapter file: Recall@K both ways and Rsum of one split.
 
     python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/linear/seed0
     python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/none/seed0 split=validation output=metrics.json
@@ -10,17 +10,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from command_line import launch
 
-from eval import render_table
-from retrieval.evaluate import evaluate_run
+from eval import chance_level, render_table
+from retrieval.assemble import restore
+from retrieval.data import SPLITS
+from retrieval.evaluate import evaluate
+from training import RunFolder
 
 
 def main(config: dict[str, Any]) -> None:
-    metrics = {config["split"]: evaluate_run(Path(config["run"]), config["split"])}
+    folder, split = Path(config["run"]), config["split"]
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    splits, model, captions = restore(folder)
+    described = RunFolder(folder).read_json("run.json")  # computed as the run did, so that the numbers are the same
+    torch.set_num_threads(described["threads"])
+    data = splits[split]
+    metrics = {
+        split: evaluate(model, data, captions[split], precision=described["precision"]),
+        "chance": {split: chance_level(data.image_of_caption, len(data))},
+    }
     print(render_table(metrics))
     if config["output"]:
-        Path(config["output"]).write_text(json.dumps(metrics, indent=1) + "\n")
+        Path(config["output"]).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from training import choose_hardware
 def main(config: dict[str, Any]) -> None:
     torch.set_num_threads(choose_hardware(precision="float32").threads)
     root, start = Path(config["root"]), perf_counter()
-    DATASETS[config["data"]["name"]].prepare(root, root / "cache")
+    DATASETS[config["data"]["name"]].prepare(root, root / "cache", **config["data"]["prepare"])
     print(f"data ready in {root / config['data']['name']} ({perf_counter() - start:.0f} s)")
 
 

@@ -70,7 +70,7 @@ MOTIONS = {
 
 
 def describe(name: str, motion: str) -> tuple[str, str, str]:
-    """Three captions of `name` (with its article) in `motion`: "an owl spinning", ..., "a clip of an owl turning ..."."""
+    """Three captions of `name` (with its article) in `motion`: "an owl spinning", ..., "a clip of an owl ..."."""
     first, second, third = MOTIONS[motion].phrases
     return f"{name} {first}", f"{name} {second}", f"a clip of {name} {third}"
 

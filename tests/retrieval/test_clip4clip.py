@@ -99,10 +99,14 @@ def test_padding_changes_nothing(clip: nn.Module, head: str) -> None:
     model = CLIP4Clip(clip, head=head)
     frames, mask = clips(batch=2)
     with torch.no_grad():
-        expected = torch.cat([model.encode_visual(item[None, real], real[real][None]) for item, real in zip(frames, mask, strict=True)])
+        expected = torch.cat(
+            [model.encode_visual(item[None, real], real[real][None]) for item, real in zip(frames, mask, strict=True)]
+        )
         frames[~mask] = float("nan")
         longer = functional.pad(frames, (0, 0, 0, 0, 0, 0, 0, 3), value=7.0)
-        torch.testing.assert_close(model.encode_visual(longer, functional.pad(mask, (0, 3))), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            model.encode_visual(longer, functional.pad(mask, (0, 3))), expected, atol=1e-6, rtol=0
+        )
 
 
 def test_only_the_sequence_head_sees_order(clip: nn.Module) -> None:
@@ -111,7 +115,7 @@ def test_only_the_sequence_head_sees_order(clip: nn.Module) -> None:
         model = CLIP4Clip(clip, head=head)
         with torch.no_grad():
             change = (model.encode_visual(frames, mask) - model.encode_visual(frames.flip(1), mask)).abs().max()
-        assert bool(change > 1e-3) == sees
+        assert change > 1e-4 if sees else change < 1e-6
 
 
 def with_torchs_layers(model: FrameTransformer, frames: Tensor, mask: Tensor) -> Tensor:

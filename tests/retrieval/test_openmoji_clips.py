@@ -116,9 +116,7 @@ def filmed(motion: str, folder: Path) -> np.ndarray:
     return 255.0 - read_frames(path, LENGTH).mean(axis=-1)
 
 
-@pytest.mark.parametrize(
-    ("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)]
-)
+@pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
 def test_directions(tmp_path: Path, motion: str, axis: int, sign: int) -> None:
     seen = filmed(motion, tmp_path)
     along = seen.sum(axis=2 - axis)  # (16, 112), per column for axis 1, per row for axis 0

@@ -33,7 +33,9 @@ def numbers(frames: np.ndarray) -> list[int]:
     return [sum(1 << bit for bit in range(10) if frame[:, 6 * bit + 2 : 6 * bit + 4].mean() > 120) for frame in frames]
 
 
-def encode(path: Path, total: int, codec: str = "libx264", rate: int = 24, options: dict | None = None, **container) -> Path:
+def encode(
+    path: Path, total: int, codec: str = "libx264", rate: int = 24, options: dict | None = None, **container
+) -> Path:
     with av.open(str(path), "w", options=container) as file:
         stream = file.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
@@ -227,7 +229,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (from_clip(lambda content: content[: len(content) * 2 // 3], movflags="+faststart"), "truncated"),
     "truncated between frames": (before_last_packets, "truncated"),
     "scrambled": (from_clip(lambda content: scrambled(content, 0, 1)), "no frame that can be decoded"),
-    "scrambled, mpeg4": (from_clip(lambda content: scrambled(content, 0, 1), codec="mpeg4", options={}), "cannot decode"),
+    "scrambled, mpeg4": (
+        from_clip(lambda content: scrambled(content, 0, 1), codec="mpeg4", options={}),
+        "cannot decode",
+    ),
     "second half scrambled": (from_clip(lambda content: scrambled(content, 0.5, 1)), "cannot decode|damaged"),
 }
 

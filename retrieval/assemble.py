@@ -1,0 +1,46 @@
+"""Put together what an experiment names: the splits, the model with its adapter, the tokenized captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from torch import nn
+from transformers import set_seed
+
+from adapters import inject, load
+from retrieval.batch import Captions
+from retrieval.data import DATASETS, SPLITS, RetrievalDataset
+from retrieval.experiment import Experiment
+from retrieval.models import build_model
+
+
+def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], nn.Module, dict[str, Captions]]:
+    """The splits, the model with a fresh adapter in it, and the captions of each split as tokens.
+
+    Raises:
+        FileNotFoundError: if the data are not prepared; the message says how to.
+        ValueError: if data and model do not go together.
+    """
+    dataset = DATASETS[experiment.data]
+    splits = {split: dataset(experiment.root, split, **experiment.data_options) for split in SPLITS}
+    set_seed(experiment.seed)  # the first values of the heads and of the adapter
+    model, tokenizer = build_model(experiment.model, splits["train"], experiment.cache)
+    inject(model, experiment.adapter, train=model.heads)
+    captions = {name: Captions(data.captions, tokenizer, experiment.max_length) for name, data in splits.items()}
+    return splits, model, captions
+
+
+def restore(run: Path) -> tuple[dict[str, RetrievalDataset], nn.Module, dict[str, Captions]]:
+    """What `assemble` gave to a run that has finished, with the trained weights from its adapter file.
+
+    Raises:
+        FileNotFoundError: if `run` is no folder of a finished run.
+    """
+    for name in ("config.yaml", "adapter.safetensors"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} holds no {name}: expected the folder of a run that training has finished")
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    splits, model, captions = assemble(Experiment.of(config))
+    load(model, run / "adapter.safetensors")
+    return splits, model, captions

@@ -1,0 +1,47 @@
+"""What a user sees who asks for help or mistypes: real processes, as they are launched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = ("train_retrieval", "prepare_data", "evaluate")
+
+
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, f"scripts/{command}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_two_examples_of_the_command(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0, done.stderr
+    examples = [line for line in done.stdout.splitlines() if line.strip().startswith(f"python scripts/{command}.py ")]
+    assert len(examples) >= 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("adapter=loar", "did you mean adapter=lora?"),
+        ("regularizer=liner", "did you mean regularizer=linear?"),
+        ("trainer.batchsize=3", "did you mean trainer.batch_size=3?"),
+        ("adaptor=lora", "did you mean adapter=lora?"),
+        ("adapter.rank=0", "rank >= 1"),
+        ("adapter=full", "use regularizer=none"),
+        ("model=clip4clip", "use model=vse_infty"),
+        ("root=nowhere", "python scripts/prepare_data.py data=openmoji"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_no_stack_trace(argument: str, hint: str, tmp_path: Path, scenes: Path) -> None:
+    done = run("train_retrieval", f"root={scenes}", f"runs={tmp_path}", argument)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr and hint in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("metrics.json"))
