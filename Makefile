@@ -14,8 +14,6 @@ endif
 # More settings for the two commands of a demo, such as TRAIN="trainer.stages.adapt.epochs=10".
 PREPARE ?=
 TRAIN ?=
-export TOKENIZERS_PARALLELISM := false
-export HF_HUB_OFFLINE := 1
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -1,10 +1,10 @@
 """Parameter-efficient adapters for any torch module: what is trained.
 
-    from adapters import LoRA, inject, merge, save, load, trainable_parameters
-    inject(model, LoRA(rank=8, alpha=8, targets=("q", "k", "v")), train=("head",))
-    ...                                    # train
-    save(model, "adapter.safetensors")     # the trained tensors and the configuration
-    merge(model)                           # the backbone's own classes and keys, the same outputs
+from adapters import LoRA, inject, merge, save, load, trainable_parameters
+inject(model, LoRA(rank=8, alpha=8, targets=("q", "k", "v")), train=("head",))
+...                                    # train
+save(model, "adapter.safetensors")     # the trained tensors and the configuration
+merge(model)                           # the backbone's own classes and keys, the same outputs
 """
 
 from __future__ import annotations

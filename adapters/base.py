@@ -1,11 +1,13 @@
 """What an adapter is.
 
-An adapter is a frozen configuration with one method, `apply(model)`, that puts its trainable parts into a frozen model. A
-low-rank adapter puts branches into linear layers, and all that a branch has to show is its subspaces: for inputs x (N, d_in)
+An adapter is a frozen configuration with one method, `apply(model)`, that puts its trainable parts into a frozen
+model. A low-rank adapter puts branches into linear layers, and all that a branch has to show is its subspaces: for
+inputs x (N, d_in)
 
     dY = activations @ basis        activations (N, r), basis (r, d_out)
 
-a sum of r rank-1 parts (Eq. 4 of the ReSoRA paper). The forward pass, merging and every regularizer are made of that pair.
+a sum of r rank-1 parts (Eq. 4 of the ReSoRA paper). The forward pass, merging and every regularizer are made of that
+pair.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class Branch(Protocol):
 class AdaptedLinear(nn.Linear):
     """A linear layer with low-rank branches, each on a slice of its outputs (the q of a fused qkv, say).
 
-    A layer becomes adapted in place (`adapt`): it stays the same object with the same `weight` and `bias`, so hooks, shared
-    modules and the backbone's state-dict keys are untouched, and it becomes the stock class again when it is merged.
+    A layer becomes adapted in place (`adapt`): it stays the same object with the same `weight` and `bias`, so hooks,
+    shared modules and the backbone's state-dict keys are untouched, and it becomes the stock class again when it is
+    merged.
     """
 
     branches: nn.ModuleDict

@@ -39,7 +39,9 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = ()) -> nn.
     before = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     if unknown := [name for name in train if name not in before]:
         close = difflib.get_close_matches(unknown[0], before, n=3) or [n for n, _ in model.named_children()]
-        raise ValueError(f"train={unknown[0]!r} names nothing in {type(model).__name__}; did you mean {', '.join(close)}?")
+        raise ValueError(
+            f"train={unknown[0]!r} names nothing in {type(model).__name__}; did you mean {', '.join(close)}?"
+        )
 
     model.requires_grad_(False)
     adapter.apply(model)

@@ -1,7 +1,8 @@
 """One safetensors file: the tensors that trained, and in its metadata all that is needed to put them back.
 
-The file holds every parameter that trains and the persistent buffers of their modules (the running statistics of a batch
-norm in a head). The metadata holds the adapter's configuration, what trained besides it, and an identity of the frozen rest.
+The file holds every parameter that trains and the persistent buffers of their modules (the running statistics of a
+batch norm in a head). The metadata holds the adapter's configuration, what trained besides it, and an identity of the
+frozen rest.
 """
 
 from __future__ import annotations
@@ -51,13 +52,16 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: if the file is not one of ours, was trained on another backbone, was made with another configuration than
-            the model's, or its tensors are not exactly the model's (missing, unexpected and misshaped ones are named).
+        ValueError: if the file is not one of ours, was trained on another backbone, was made with another
+            configuration than the model's, or its tensors are not exactly the model's (missing, unexpected and
+            misshaped ones are named).
     """
     with safe_open(os.fspath(path), framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not an adapter file of this suite: format {metadata.get('format')!r}, not {FORMAT!r}")
+            raise ValueError(
+                f"{path} is not an adapter file of this suite: format {metadata.get('format')!r}, not {FORMAT!r}"
+            )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     settings = json.loads(metadata["adapter"])
     if (name := settings.pop("name")) not in ADAPTERS:
@@ -66,7 +70,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if not hasattr(model, "injection"):
         inject(model, adapter, train)
     elif (held := model.injection).adapter != adapter or held.train != train:
-        raise ValueError(f"{path} holds {adapter} with train={train}, but the model {held.adapter} with train={held.train}")
+        raise ValueError(
+            f"{path} holds {adapter} with train={train}, but the model {held.adapter} with train={held.train}"
+        )
     if metadata["base"] != (identity := base_identity(model)):
         raise ValueError(
             f"{path} was trained on another backbone (its frozen weights are {metadata['base'][:12]}, here {identity[:12]}): "
@@ -94,7 +100,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            persistent = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+            persistent = {
+                n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
+            }
             tensors |= {f"{path}.{name}" if path else name: buffer for name, buffer in persistent.items()}
     return tensors
 
@@ -105,6 +113,8 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.P
     shapes = [f"{n} {tuple(source[n].shape)} instead of {tuple(t.shape)}" for n, t in target.items()
               if n in source and source[n].shape != t.shape]  # fmt: skip
     if missing or unexpected or shapes:
-        raise ValueError(f"{path} does not fit the model: missing {missing}, unexpected {unexpected}, misshaped {shapes}")
+        raise ValueError(
+            f"{path} does not fit the model: missing {missing}, unexpected {unexpected}, misshaped {shapes}"
+        )
     for name, tensor in target.items():
         tensor.copy_(source[name])

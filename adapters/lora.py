@@ -18,9 +18,9 @@ from adapters.targets import check_targets, find_sites
 class LoRA:
     r"""Add a trainable low-rank update to linear layers: :math:`Y = X W^T + \frac{\alpha}{r} X A^T B^T`.
 
-    Each of q, k and v has its own A and B, also where the backbone computes them in one fused layer (the reading that gives
-    the 0.44 M parameters of the ReSoRA paper's Table 2). A starts uniform in +-1/sqrt(d_in), B at zero, so that the adapted
-    model starts as the backbone.
+    Each of q, k and v has its own A and B, also where the backbone computes them in one fused layer (the reading that
+    gives the 0.44 M parameters of the ReSoRA paper's Table 2). A starts uniform in +-1/sqrt(d_in), B at zero, so that
+    the adapted model starts as the backbone.
 
     Args:
         rank: number of rank-1 subspaces r. Default: 8, as in the paper.

@@ -1,7 +1,7 @@
 """Semantic targets: q, k, v, o, fc1, fc2 mean the same place in every architecture.
 
-A target is found by how an architecture names its layers, from the end of the path, so that towers may sit at any depth of a
-larger model. A fused layer (timm's qkv) holds several targets, each on its own rows.
+A target is found by how an architecture names its layers, from the end of the path, so that towers may sit at any
+depth of a larger model. A fused layer (timm's qkv) holds several targets, each on its own rows.
 """
 
 from __future__ import annotations

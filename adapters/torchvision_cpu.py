@@ -1,9 +1,9 @@
 """Let timm and open_clip be imported beside a CPU-only torch.
 
-Both import torchvision. The registry's torchvision wheel for Linux is linked against CUDA: beside a CPU build of torch its
-compiled operators do not load, and torchvision then fails on import because it describes two operators that nobody has declared
-("operator torchvision::nms does not exist", pytorch/vision #9085). Declaring them, without kernels, is enough for everything
-in torchvision that is written in Python; calling them still ends in torch's own error.
+Both import torchvision. The registry's torchvision wheel for Linux is linked against CUDA: beside a CPU build of torch
+its compiled operators do not load, and torchvision then fails on import because it describes two operators that nobody
+has declared ("operator torchvision::nms does not exist", pytorch/vision #9085). Declaring them, without kernels, is
+enough for everything in torchvision that is written in Python; calling them still ends in torch's own error.
 """
 
 from __future__ import annotations

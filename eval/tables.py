@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.metrics import RECALL_AT, RECALL_KEYS
 
-SPLITS = ("validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
@@ -15,13 +15,13 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float
 
     Args:
         metrics: the content of metrics.json, {"validation": {...}, "test": {...}, "chance": {"test": {...}, ...}};
-            "validation" may be absent, as some data sets have none.
+            one split or several.
 
     Raises:
-        ValueError: if there is no test split, or a split has no level of chance.
+        ValueError: if there is no split, or a split has no level of chance.
     """
-    if "test" not in metrics:
-        raise ValueError(f"metrics: expected 'test', 'chance' and perhaps 'validation'; received {sorted(metrics)}")
+    if not set(SPLITS) & set(metrics):
+        raise ValueError(f"metrics: expected one of {', '.join(SPLITS)}, and 'chance'; received {sorted(metrics)}")
     rows: list[tuple[str, Mapping[str, float]]] = []
     for split in (name for name in SPLITS if name in metrics):
         if split not in metrics.get("chance", {}):

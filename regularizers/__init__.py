@@ -1,9 +1,9 @@
 """ReSoRA: what is penalised. Measures of redundancy between the rank-1 subspaces of a low-rank update.
 
-    from regularizers import ReSoRA, capture
-    with capture(model) as subspaces:
-        loss = model(inputs)
-    loss = loss + sum(ReSoRA("linear", weight=1e-2)(subspaces).values())
+from regularizers import ReSoRA, capture
+with capture(model) as subspaces:
+    loss = model(inputs)
+loss = loss + sum(ReSoRA("linear", weight=1e-2)(subspaces).values())
 """
 
 from __future__ import annotations

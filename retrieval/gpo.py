@@ -13,8 +13,8 @@ class GPO(nn.Module):
     """Pool a set of features by learned weights over each channel's sorted values.
 
     Sorted in descending order, weight 1 on the first value is max pooling and equal weights are mean pooling; a small
-    bidirectional GRU over sinusoidal positions generates the weights for a set of any length. They depend on the length alone,
-    not on the features, so they are computed once for each length in the batch.
+    bidirectional GRU over sinusoidal positions generates the weights for a set of any length. They depend on the
+    length alone, not on the features, so they are computed once for each length in the batch.
 
     Args:
         d_position: width of the sinusoidal position encoding. Default: 32.
@@ -50,11 +50,15 @@ class GPO(nn.Module):
         """
         size = features.shape[1]
         if int(lengths.min()) < 1 or int(lengths.max()) > size:
-            raise ValueError(f"lengths lie in [{int(lengths.min())}, {int(lengths.max())}], expected 1 to {size} features an item")
+            raise ValueError(
+                f"lengths lie in [{int(lengths.min())}, {int(lengths.max())}], expected 1 to {size} features an item"
+            )
         padding = (torch.arange(size, device=features.device) >= lengths[:, None]).unsqueeze(-1)
         lowest = torch.finfo(features.dtype).min
         # The channel last but one: each channel's values lie side by side, which is what a sort wants.
-        ordered = features.masked_fill(padding, lowest).transpose(1, 2).contiguous().sort(dim=-1, descending=True).values
+        ordered = (
+            features.masked_fill(padding, lowest).transpose(1, 2).contiguous().sort(dim=-1, descending=True).values
+        )
         ordered = ordered.masked_fill(padding.transpose(1, 2), 0.0)
         return (ordered @ self.weights(lengths, size).to(ordered.dtype).unsqueeze(-1)).squeeze(-1)
 

@@ -1,8 +1,8 @@
 """Contrastive losses on matching rows of two batches of unit embeddings.
 
-A loss is a function of embeddings (B, D), (B, D) that returns named parts; the parts add up to what is minimised. Row b of
-one side matches row b of the other, and every other row is taken for a negative, also where two captions of one image meet in
-a batch, as in VSE-infinity and CLIP4Clip.
+A loss is a function of embeddings (B, D), (B, D) that returns named parts; the parts add up to what is minimised. Row
+b of one side matches row b of the other, and every other row is taken for a negative, also where two captions of one
+image meet in a batch, as in VSE-infinity and CLIP4Clip.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 class TripletLoss:
     """The hinge loss of VSE++ (Faghri et al., BMVC 2018) with VSE-infinity's warm-up.
 
-    sum_b [margin + s(b, n) - s(b, b)]_+ in both directions, over all negatives n in the warm-up epochs and over the hardest
-    one afterwards. A model that has collapsed to one point stays at 2 B margin.
+    sum_b [margin + s(b, n) - s(b, b)]_+ in both directions, over all negatives n in the warm-up epochs and over the
+    hardest one afterwards. A model that has collapsed to one point stays at 2 B margin.
 
     Args:
         margin: Default: 0.2.

@@ -1,7 +1,7 @@
 """The retrieval models by name: each builds itself from a data set and plain settings, with its pretrained encoders.
 
-A model has `collate_visual`, `encode_visual`, `encode_text` and a forward of matching pairs, `heads` (what trains besides
-the adapter) and `visual_kind`, what a data set's `visual` has to be: "regions" or "frames".
+A model has `collate_visual`, `encode_visual`, `encode_text` and a forward of matching pairs, `heads` (what trains
+besides the adapter) and `visual_kind`, what a data set's `visual` has to be: "regions" or "frames".
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **si
 
 
 def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
-    """The text encoder called `name`: "minilm" (embedded) or a folder with config.json, model.safetensors and a tokenizer.
+    """The text encoder called `name`: "minilm" (embedded) or a folder with config.json, model.safetensors and a
+    tokenizer.
 
     Raises:
         FileNotFoundError: if it is neither.
@@ -69,7 +70,10 @@ def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path
     settings = dict(settings)
     if (name := settings.pop("name")) not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
-    takes, holds = {"vse_infty": "regions", "clip4clip": "frames"}[name], "frames" if data.visual(0).ndim == 4 else "regions"
+    takes, holds = (
+        {"vse_infty": "regions", "clip4clip": "frames"}[name],
+        "frames" if data.visual(0).ndim == 4 else "regions",
+    )
     if takes != holds:
         fitting = "model=clip4clip" if holds == "frames" else "model=vse_infty"
         raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use {fitting}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
@@ -81,7 +82,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     save(model, run.path / "adapter.safetensors")
 
     with _clock(run, "evaluate"):
-        metrics: dict[str, Any] = {"validation": evaluate(model, validation, captions["validation"], precision=precision)}
+        metrics: dict[str, Any] = {
+            "validation": evaluate(model, validation, captions["validation"], precision=precision)
+        }
         images, texts = encode(model, test, captions["test"], precision=precision)
         metrics["test"] = retrieval_metrics(images, texts, test.image_of_caption)
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
@@ -132,7 +135,9 @@ def _describe(
             "preprocessing": splits["train"].preprocessing,
             "data": {
                 "name": experiment.data,
-                "fingerprint": {name: data.fingerprint for name, data in splits.items()},
+                "fingerprint": hashlib.sha256(
+                    "".join(data.fingerprint for data in splits.values()).encode()
+                ).hexdigest(),
                 "images": {name: len(data) for name, data in splits.items()},
                 "captions": {name: len(data.captions) for name, data in splits.items()},
             },

@@ -30,8 +30,8 @@ class VSEInfinityConfig:
 class RegionEncoder(nn.Module):
     """Region features (B, K, d_region) -> (B, D): a linear map plus an MLP with batch norm on each region, then GPO.
 
-    Padding is no region: it enters neither the batch statistics nor the pooling. (The published code does count the zero rows
-    in its batch statistics.)
+    Padding is no region: it enters neither the batch statistics nor the pooling. (The published code does count the
+        zero rows in its batch statistics.)
     """
 
     def __init__(self, d_region: int, config: VSEInfinityConfig) -> None:

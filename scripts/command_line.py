@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent / "conf"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its load report names BERT's unused pooler as a problem
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a hub; without it transformers would try
 
 
 def launch(main: Callable[[dict[str, Any]], None], name: str, help_text: str) -> None:
     """Compose `conf/<name>.yaml` with the command line's overrides and call `main` with the plain nested configuration.
 
-    `--multirun` and every other flag of Hydra work. What a user got wrong (ValueError, a missing file) is printed in one
-    line and ends with exit code 2; anything else is a bug and keeps its stack trace.
+    `--multirun` and every other flag of Hydra work. What a user got wrong (ValueError, a missing file) is printed in
+    one line and ends with exit code 2; anything else is a bug and keeps its stack trace.
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
@@ -61,7 +65,9 @@ def groups(name: str) -> dict[str, list[str]]:
 
 def _choices(name: str) -> str:
     lines = [f"  {group}={'|'.join(options)}" for group, options in groups(name).items()]
-    return "Groups:\n" + "\n".join(lines) + "\n\nEvery key of a group can be set: trainer.batch_size=64 adapter.rank=4 ..."
+    return (
+        "Groups:\n" + "\n".join(lines) + "\n\nEvery key of a group can be set: trainer.batch_size=64 adapter.rank=4 ..."
+    )
 
 
 def _explain(message: str, overrides: list[str], name: str) -> str:

@@ -1,7 +1,7 @@
 """Evaluate a finished run again, from its adapter file: Recall@K both ways and Rsum of one split.
 
-    python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/linear/seed0
-    python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/none/seed0 split=validation output=metrics.json
+python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/linear/seed0
+python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/none/seed0 split=validation output=metrics.json
 """
 
 from __future__ import annotations

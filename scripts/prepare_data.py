@@ -1,7 +1,7 @@
 """Fetch the embedded encoders and make an embedded data set; what is there already is left alone.
 
-    python scripts/prepare_data.py data=openmoji
-    python scripts/prepare_data.py data=openmoji_clips root=/data/resora
+python scripts/prepare_data.py data=openmoji
+python scripts/prepare_data.py data=openmoji_clips root=/data/resora
 """
 
 from __future__ import annotations

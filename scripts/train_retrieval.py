@@ -29,8 +29,12 @@ def main(config: dict[str, Any]) -> None:
     print(f"\nparameters trained  {described['trained_parameters']:,} of {described['total_parameters']:,} ({share:.1f} %), "
           f"{described['adapter_parameters']:,} of them in the adapter")  # fmt: skip
     if redundancy := metrics.get("redundancy"):
-        print(f"mean redundancy     {redundancy['before']:.3f} after the first stage, {redundancy['after']:.3f} at the end")
-    print("time                " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in described["seconds"].items()))
+        print(
+            f"mean redundancy     {redundancy['before']:.3f} after the first stage, {redundancy['after']:.3f} at the end"
+        )
+    print(
+        "time                " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in described["seconds"].items())
+    )
     print(f"report              {run.path / 'report.html'}")
 
 

@@ -13,3 +13,14 @@ def cache() -> Path:
     """Where the pretrained encoders are kept between test runs: $RESORA_CACHE, or data/cache in the repository."""
     default = Path(__file__).parents[1] / "data" / "cache"
     return Path(os.environ.get("RESORA_CACHE", default))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A data folder with a tiny openmoji in it: 24 / 8 / 8 scenes of 64 px, real drawings and real features."""
+    from retrieval.data import OpenMojiScenes
+
+    root = tmp_path_factory.mktemp("data")
+    OpenMojiScenes.prepare(root, cache, scenes=(24, 8, 8), size=64)
+    (root / "cache").symlink_to(cache.resolve())
+    return root

@@ -1,8 +1,8 @@
 """Choose compute threads and precision by measurement, not by what the processor claims.
 
 Two "cores" may be two threads of one core, where one compute thread is faster than two; bfloat16 halves the time on a
-processor with units for it and multiplies it by forty on one without. A product of the size that a small BERT runs is timed
-for each choice, in about one second.
+processor with units for it and multiplies it by forty on one without. A product of the size that a small BERT runs is
+timed for each choice, in about one second.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Hardware:
 def choose_hardware(threads: int | None = None, precision: str | None = None) -> Hardware:
     """The given threads and precision, or the fastest where they are None.
 
-    bfloat16 is chosen only if it is at least 1.3 times faster: it also rounds. With an accelerator, threads are torch's own
-    default and the precision is bfloat16 where the accelerator has it.
+    bfloat16 is chosen only if it is at least 1.3 times faster: it also rounds. With an accelerator, threads are
+    torch's own default and the precision is bfloat16 where the accelerator has it.
 
     Raises:
         ValueError: for fewer than one thread or an unknown precision.

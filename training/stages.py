@@ -1,7 +1,7 @@
 """Train in stages: first the adapter alone, then on with the redundancy penalty (section 4.2 of the paper).
 
-Each stage starts from the weights of the one before with a fresh optimiser and schedule; the paper does not say whether its
-second stage does. A stage that is done is not trained again, and a killed one goes on from its last epoch.
+Each stage starts from the weights of the one before with a fresh optimiser and schedule; the paper does not say
+whether its second stage does. A stage that is done is not trained again, and a killed one goes on from its last epoch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Recipe:
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names) or any(stage.epochs < 1 for stage in self.stages):
-            raise ValueError(f"stages are {self.stages}; expected at least one, of distinct names and one epoch or more each")
+            raise ValueError(
+                f"stages are {self.stages}; expected at least one, of distinct names and one epoch or more each"
+            )
         if self.batch_size < 2 or not 0 <= self.warmup < 1 or self.max_grad_norm <= 0:
             raise ValueError(
                 "a recipe needs batch_size >= 2 (a contrastive loss compares pairs), 0 <= warmup < 1 and max_grad_norm > 0, "

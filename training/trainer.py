@@ -23,7 +23,8 @@ class AdapterTrainer(Trainer):
     """A `transformers.Trainer` for adapters: resume, mixed precision, DDP, accumulation and loggers are its own.
 
     Args:
-        objective: (what the model returns, epochs since the first stage began) -> named parts of the loss; they are summed.
+        objective: (what the model returns, epochs since the first stage began) -> named parts of the loss; they are
+            summed.
         regularizer: a penalty on the subspaces of each training step, or None.
         evaluator: model -> metrics, run at the end of each epoch; logged with the prefix "eval_". Or None.
         first_epoch: epochs that earlier stages trained.
@@ -113,7 +114,9 @@ class _Epochs(TrainerCallback):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.first_epoch + round(state.epoch or 0))
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
 
 

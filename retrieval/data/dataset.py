@@ -33,6 +33,11 @@ class RetrievalDataset(Protocol):
         """SHA-256 over captions, owners and visual bytes, so that a run can say what it saw."""
         ...
 
+    @property
+    def preprocessing(self) -> str:
+        """How pictures or clips became what `visual` returns; part of what a result depends on."""
+        ...
+
     def __len__(self) -> int:
         """Number of visual items."""
         ...
@@ -68,6 +73,7 @@ def fingerprint(captions: Sequence[str], image_of_caption: np.ndarray, visual: I
     for item in visual:
         if isinstance(item, np.ndarray):
             digest.update(f"{item.dtype.name}{item.shape}".encode())
-            item = np.ascontiguousarray(item, dtype=item.dtype.newbyteorder("<")).view(np.uint8)
-        digest.update(item)
+            digest.update(np.ascontiguousarray(item, dtype=item.dtype.newbyteorder("<")).data)
+        else:
+            digest.update(item)
     return digest.hexdigest()

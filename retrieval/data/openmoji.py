@@ -67,6 +67,13 @@ class OpenMojiScenes:
         with Image.open(_picture(self.folder, self.split, range(len(self))[index])) as picture:
             return [picture.convert("RGB")]
 
+    @property
+    def preprocessing(self) -> str:
+        """How pictures became features; part of what a result depends on."""
+        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        size, width = manifest["options"]["size"], manifest["options"]["dimensions"]
+        return f"{size} px, mean = std = 0.5, EfficientNet-Lite0 cells, PCA to {width} fitted on train"
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over captions, owners and region features; 0.3 s for the training split."""

@@ -11,13 +11,18 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from timm.models import EfficientNet
+
+Network = TypeVar("Network", bound=nn.Module)
 
 BATCH = 4  # pictures; the first layers' maps of more do not fit a core's cache, and 32 take twice the time of 4
 
@@ -30,13 +35,13 @@ class Pca(NamedTuple):
 
 
 @torch.inference_mode()
-def cells(model: nn.Module, pictures: np.ndarray) -> Tensor:
+def cells(model: EfficientNet, pictures: np.ndarray) -> Tensor:
     """``(B, H, W, 3)`` uint8 -> ``(B, H W / 32^2, D)`` float32, row by row, normalised by mean = std = 0.5."""
     batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()  # channels last in memory, as uint8 pictures are
     return model.forward_features(batch * (2 / 255) - 1).flatten(2).transpose(1, 2)
 
 
-def region_features(model: nn.Module, pictures: Sequence[np.ndarray], label: str) -> np.ndarray:
+def region_features(model: EfficientNet, pictures: Sequence[np.ndarray], label: str) -> np.ndarray:
     """The cells of every picture, ``(n, K, D)`` float16, with a progress bar that says ``label``.
 
     One thread a core, each with its own batches: several threads on one batch wait for each other at every layer, which
@@ -47,7 +52,8 @@ def region_features(model: nn.Module, pictures: Sequence[np.ndarray], label: str
         pictures: ``(H, W, 3)`` uint8, all of one size.
         label: what the progress bar says.
     """
-    fast = fold_batch_norms(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    fast = fold_batch_norms(copy.deepcopy(model))
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub does not
     starts = range(0, len(pictures), BATCH)
 
     def extract(start: int) -> np.ndarray:
@@ -70,7 +76,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
+def fold_batch_norms(model: Network) -> Network:
     """Fold each batch norm into the convolution right before it, in place; the same function up to rounding."""
     for parent in list(model.modules()):
         children = list(parent.named_children())

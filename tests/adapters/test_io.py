@@ -42,7 +42,9 @@ def trained(adapter: LoRA | Full | Linear) -> Model:
     return model.eval()
 
 
-@pytest.mark.parametrize("adapter", [LoRA(rank=3, alpha=6, targets=("q", "fc1")), Full(), Linear()], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "adapter", [LoRA(rank=3, alpha=6, targets=("q", "fc1")), Full(), Linear()], ids=lambda a: a.name
+)
 def test_a_saved_adapter_gives_the_same_outputs_on_a_fresh_backbone(tmp_path: Path, adapter: LoRA) -> None:
     model, ids = trained(adapter), torch.randint(0, 50, (4, 6))
     save(model, tmp_path / "adapter.safetensors")
@@ -60,7 +62,13 @@ def test_the_file_holds_what_trains_and_its_configuration(tmp_path: Path) -> Non
     branches = {f"bert.encoder.layer.{i}.attention.self.query.branches.q.{f}" for i in range(2) for f in "AB"}
     norm = {f"head.1.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     assert names == branches | norm | {"head.0.weight", "head.0.bias"}
-    assert json.loads(metadata["adapter"]) == {"name": "lora", "rank": 3, "alpha": 8.0, "targets": ["q"], "dropout": 0.0}
+    assert json.loads(metadata["adapter"]) == {
+        "name": "lora",
+        "rank": 3,
+        "alpha": 8.0,
+        "targets": ["q"],
+        "dropout": 0.0,
+    }
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_finite_in_value_and_gradient(magnitude: float, dtype: torch.dtype, seed
 
 def test_limits() -> None:
     assert linear(torch.eye(5), torch.ones(5, 2)) == 0  # orthogonal
-    torch.testing.assert_close(linear(torch.ones(7, 4), torch.zeros(4, 3)), torch.tensor(6.0))  # identical: r (r - 1) / 2
+    torch.testing.assert_close(
+        linear(torch.ones(7, 4), torch.zeros(4, 3)), torch.tensor(6.0)
+    )  # identical: r (r - 1) / 2
     assert linear(torch.randn(9, 1), torch.randn(1, 3)) == 0  # no pair
 
 

@@ -12,7 +12,14 @@ import torch
 from retrieval.batch import Augmentation, Captions, TrainingPairs, collate_text
 from retrieval.encoders import minilm
 
-CAPTIONS = ["a fuel pump to the left of a microscope", "the unbelievably large octopus", "a cat", "a microscope", "two", "six"]
+CAPTIONS = [
+    "a fuel pump to the left of a microscope",
+    "the unbelievably large octopus",
+    "a cat",
+    "a microscope",
+    "two",
+    "six",
+]
 
 
 class Data:

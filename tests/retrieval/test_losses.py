@@ -50,7 +50,8 @@ def test_info_nce_is_the_symmetric_cross_entropy(learned: bool) -> None:
 
 
 def test_published_sizes_of_vse_infinity() -> None:
-    """Region encoder 3,688,352 of which 2,048 are a batch norm that prior code builds and never uses; text head 800,160;
+    """Region encoder 3,688,352 of which 2,048 are a batch norm that prior code builds and never uses; text head
+    800,160;
     with LoRA q, v at rank 8 on BERT-base and the projection alone the 1,082,368 of Table 1."""
     with torch.device("meta"):
         model = VSEInfinity(BertModel(BertConfig(), add_pooling_layer=False), d_region=2048)

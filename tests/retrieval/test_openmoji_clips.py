@@ -88,7 +88,7 @@ def test_a_killed_preparation_leaves_nothing_finished(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("options", [{"clips": (0, 1, 1)}, {"clips": (10_000, 1, 1)}, {"size": 111}, {"size": 0}])
 def test_impossible_options(tmp_path: Path, options: dict) -> None:
-    with pytest.raises(ValueError, match="clips=|size"):
+    with pytest.raises(ValueError, match=r"clips=|size"):
         OpenMojiClips.prepare(tmp_path, tmp_path, **options)
 
 
