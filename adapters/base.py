@@ -66,7 +66,7 @@ class AdaptedLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add each branch to the weight, W[slice] += (I activations @ basis)^T, in float32, and be a stock layer again."""
+        """Add each branch to its rows of the weight, in float32, and become a stock layer again."""
         identity = torch.eye(self.in_features, device=self.weight.device)
         for role, branch in self.branches.items():
             activations, basis = cast(Branch, branch.float().eval()).subspaces(identity)
@@ -76,13 +76,13 @@ class AdaptedLinear(nn.Linear):
         stock_class = self.stock_class
         for attribute in ("branches", "slices", "record", "stock_class"):
             delattr(self, attribute)
-        self.__class__ = stock_class
+        self.__class__ = stock_class  # type: ignore[assignment]  # the way back from `adapt`
 
 
 def adapt(linear: nn.Linear, role: str, rows: tuple[int, int], branch: nn.Module) -> None:
     """Give `linear` a branch on its output rows `rows`, turning it into an `AdaptedLinear` in place."""
     if not isinstance(linear, AdaptedLinear):
-        stock_class = type(linear)
+        stock_class = cast(type[nn.Linear], type(linear))
         linear.__class__ = AdaptedLinear
         adapted = cast(AdaptedLinear, linear)
         adapted.branches, adapted.slices, adapted.record, adapted.stock_class = nn.ModuleDict(), {}, None, stock_class

@@ -34,8 +34,8 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = ()) -> nn.
         ValueError: if the model already holds an adapter, a target is nowhere in it, or a name in `train` is unknown.
     """
     train = (train,) if isinstance(train, str) else tuple(train)
-    if hasattr(model, "injection"):
-        raise ValueError(f"{type(model).__name__} already holds {model.injection.adapter}; inject into a fresh model")
+    if (held := injection(model)) is not None:
+        raise ValueError(f"{type(model).__name__} already holds {held.adapter}; inject into a fresh model")
     before = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     if unknown := [name for name in train if name not in before]:
         close = difflib.get_close_matches(unknown[0], before, n=3) or [n for n, _ in model.named_children()]
@@ -48,8 +48,13 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = ()) -> nn.
     for name, parameter in model.named_parameters():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in train):
             parameter.requires_grad_(True)
-    model.injection = Injection(adapter, train)
+    object.__setattr__(model, "injection", Injection(adapter, train))
     return model
+
+
+def injection(model: nn.Module) -> Injection | None:
+    """What was injected into `model`, or None."""
+    return getattr(model, "injection", None)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -60,7 +65,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the model holds no adapter.
     """
-    if not hasattr(model, "injection"):
+    if injection(model) is None:
         raise ValueError(f"{type(model).__name__} holds no adapter: nothing to merge")
     for module in list(model.modules()):
         if isinstance(module, AdaptedLinear):

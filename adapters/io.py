@@ -12,13 +12,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapters.inject import inject
+from adapters.inject import inject, injection
 from adapters.methods import ADAPTERS
 
 FORMAT = "resora-adapter-1"
@@ -30,13 +31,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if the model holds no adapter.
     """
-    if not hasattr(model, "injection"):
+    if (held := injection(model)) is None:
         raise ValueError(f"{type(model).__name__} holds no adapter: call inject(model, adapter) before save")
-    adapter, path = model.injection.adapter, Path(path)
+    path = Path(path)
     metadata = {
         "format": FORMAT,
-        "adapter": json.dumps({"name": adapter.name, **asdict(adapter)}),
-        "train": json.dumps(model.injection.train),
+        "adapter": json.dumps({"name": held.adapter.name, **asdict(cast(Any, held.adapter))}),
+        "train": json.dumps(held.train),
         "base": base_identity(model),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
@@ -67,15 +68,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if (name := settings.pop("name")) not in ADAPTERS:
         raise ValueError(f"{path} holds adapter {name!r}; this version knows {', '.join(ADAPTERS)}")
     adapter, train = ADAPTERS[name](**settings), tuple(json.loads(metadata["train"]))
-    if not hasattr(model, "injection"):
+    if (held := injection(model)) is None:
         inject(model, adapter, train)
-    elif (held := model.injection).adapter != adapter or held.train != train:
+    elif held.adapter != adapter or held.train != train:
         raise ValueError(
             f"{path} holds {adapter} with train={train}, but the model {held.adapter} with train={held.train}"
         )
     if metadata["base"] != (identity := base_identity(model)):
         raise ValueError(
-            f"{path} was trained on another backbone (its frozen weights are {metadata['base'][:12]}, here {identity[:12]}): "
+            f"{path} was trained on another backbone (frozen weights {metadata['base'][:12]}, here {identity[:12]}): "
             "load the weights that it was trained on before the adapter"
         )
     _copy(tensors, _trained(model), path)

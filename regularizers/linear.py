@@ -14,8 +14,8 @@ def linear(activations: Tensor, basis: Tensor | None = None) -> Tensor:
     .. math:: \|\Delta H_i \Delta H_j^T\|_F^2 / (\|\Delta H_i \Delta H_i^T\|_F \|\Delta H_j \Delta H_j^T\|_F)
 
     the basis cancels, which leaves the squared cosine of the activations over the samples: uncentred linear CKA. This
-        form is exact, never builds a (d_out, N) or (d_out, d_out) tensor, and is defined where the printed one is 0 /
-        0, at LoRA's B = 0. Its gradient reaches the activations only. A pair with an all-zero subspace counts zero.
+    form is exact, never builds a (d_out, N) or (d_out, d_out) tensor, and is defined where the printed one is 0 / 0, at
+    LoRA's B = 0. Its gradient reaches the activations only. A pair with an all-zero subspace counts zero.
 
     Args:
         activations (Tensor): ``(N, r)``, any float dtype; computed in float32 at least.
@@ -28,7 +28,7 @@ def linear(activations: Tensor, basis: Tensor | None = None) -> Tensor:
 
 
 def cosines(columns: Tensor) -> Tensor:
-    """The cosine between each two of r columns: (N, r) -> (r, r), in float32 at least; 0 for a zero column, 1 on the diagonal."""
+    """The cosine between each two of r columns: (N, r) -> (r, r), in float32 at least; 0 where a column is zero."""
     with torch.autocast(columns.device.type, enabled=False):
         columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
         largest = columns.detach().abs().amax(dim=0) if len(columns) else columns.new_zeros(columns.shape[1])

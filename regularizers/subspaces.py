@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ def capture(model: nn.Module) -> Iterator[dict[str, Subspaces]]:
         penalty = ReSoRA("linear", weight=1e-2)(subspaces)
 
     Nothing is computed twice: the activations are those of the forward pass itself, with their graph. Any module with
-        an attribute `record` takes part; it calls `record(role, activations, basis, leading shape)` while the
-        attribute is set. A layer that runs several times in the context adds up its samples.
+    an attribute `record` takes part; it calls `record(role, activations, basis, leading shape)` while the attribute is
+    set. A layer that runs several times in the context adds up its samples.
 
     Samples are tokens, pixels or frames. A padding token is none: the 2-D `attention_mask` (batch, length) that a
     module around the layer was called with is found, and the positions where it is zero are left out.
@@ -77,9 +77,10 @@ def _attention_masks(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        pushed.append(isinstance(mask, Tensor) and mask.dim() == 2)
-        if pushed[-1]:
-            masks.append(mask)
+        found = isinstance(mask, Tensor) and mask.dim() == 2
+        pushed.append(found)
+        if found:
+            masks.append(cast(Tensor, mask))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if pushed.pop():

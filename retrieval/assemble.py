@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from torch import nn
 from transformers import set_seed
 
 from adapters import inject, load
 from retrieval.batch import Captions
 from retrieval.data import DATASETS, SPLITS, RetrievalDataset
 from retrieval.experiment import Experiment
+from retrieval.model import RetrievalModel
 from retrieval.models import build_model
 
 
-def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], nn.Module, dict[str, Captions]]:
+def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
     """The splits, the model with a fresh adapter in it, and the captions of each split as tokens.
 
     Raises:
@@ -31,7 +31,7 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], nn.Mo
     return splits, model, captions
 
 
-def restore(run: Path) -> tuple[dict[str, RetrievalDataset], nn.Module, dict[str, Captions]]:
+def restore(run: Path) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
     """What `assemble` gave to a run that has finished, with the trained weights from its adapter file.
 
     Raises:

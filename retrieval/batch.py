@@ -70,8 +70,7 @@ class Captions:
 
 
 class TrainingPairs(Dataset):
-    """Matching (visual, caption) pairs. What an item is depends on the seed, the epoch and the index, and on nothing
-    else.
+    """Matching (visual, caption) pairs; an item depends on the seed, the epoch and its index, and on nothing else.
 
     Args:
         data: the training split.
@@ -87,13 +86,8 @@ class TrainingPairs(Dataset):
     ) -> None:
         if pairing not in PAIRINGS:
             raise ValueError(f"pairing is {pairing!r}; expected one of {', '.join(PAIRINGS)}")
-        self.data, self.captions, self.pairing, self.augmentation, self.seed = (
-            data,
-            captions,
-            pairing,
-            augmentation,
-            seed,
-        )
+        self.data, self.captions, self.pairing = data, captions, pairing
+        self.augmentation, self.seed = augmentation, seed
         self.epoch = 0
         order = np.argsort(data.image_of_caption, kind="stable")
         counts = np.bincount(data.image_of_caption, minlength=len(data))

@@ -11,6 +11,7 @@ The towers come from `retrieval.clip_towers`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +19,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retrieval.frame_transformer import FrameTransformer
+from retrieval.model import RetrievalModel
 
 HEADS = ("meanP", "seqTransf")
 HEAD_PATHS = (
-    *("clip.visual.head", "clip.visual.proj"),  # of a timm tower, of open_clip's own
-    *(
-        "clip.text.proj",
-        "clip.text.text_projection",
-        "clip.text_projection",
-    ),  # of BERT, of open_clip's own (two classes)
-    *("clip.logit_scale", "frame_transformer"),
+    "clip.visual.head",  # of a timm tower
+    "clip.visual.proj",  # of open_clip's own
+    "clip.text.proj",  # of BERT
+    "clip.text.text_projection",  # of open_clip's own, in its CustomTextCLIP
+    "clip.text_projection",  # of open_clip's own, in its CLIP
+    "clip.logit_scale",
+    "frame_transformer",
 )
 SMALLEST_NORM = 1e-6  # an item without frames gives zeros; in the authors' code, NaN for the whole batch
 
 
-class CLIP4Clip(nn.Module):
+class CLIP4Clip(RetrievalModel):
     """Frames through CLIP's image tower, an optional sequence head, and the mean over frames.
 
     Args:
@@ -47,17 +49,14 @@ class CLIP4Clip(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; choose from {', '.join(HEADS)}")
-        self.clip, self.width = clip, embedding_width(clip)
+        self.clip: Any = clip  # open_clip's classes share methods, not a base class
+        self.width = embedding_width(clip)
         self.frame_transformer: FrameTransformer | None = None
         if head == "seqTransf":
             self.frame_transformer = FrameTransformer(self.width, max_frames)
             self.frame_transformer.start_from_text(text_tower(clip))
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Paths of what trains besides the adapter: both projections, the scale, and the sequence head."""
         own = {name for name, _ in (*self.named_modules(), *self.named_parameters())}
-        return tuple(path for path in HEAD_PATHS if path in own)
+        self.heads = tuple(path for path in HEAD_PATHS if path in own)
 
     def encode_visual(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Embed clips.
@@ -146,7 +145,7 @@ def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def text_tower(clip: nn.Module) -> nn.Module:
+def text_tower(clip: nn.Module) -> Any:
     """The text tower of an open_clip model: a module of `CustomTextCLIP`, the parts of `CLIP` itself."""
     return getattr(clip, "text", clip)
 
@@ -154,6 +153,6 @@ def text_tower(clip: nn.Module) -> nn.Module:
 def embedding_width(clip: nn.Module) -> int:
     """D of an open_clip model."""
     if hasattr(clip, "text"):
-        return clip.text.output_dim
-    projection = clip.text_projection
+        return text_tower(clip).output_dim
+    projection: Any = clip.text_projection
     return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]

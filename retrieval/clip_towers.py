@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,14 +13,14 @@ from retrieval.encoders import dinov2_small, minilm_folder
 if TYPE_CHECKING:
     from open_clip import CustomTextCLIP
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def embedded_clip(
     cache: Path, image_size: int, embed_dim: int = 256, context_length: int = 32
-) -> tuple[CustomTextCLIP, PreTrainedTokenizerFast]:
+) -> tuple[CustomTextCLIP, PreTrainedTokenizerBase]:
     """DINOv2 ViT-S/14 and all-MiniLM-L6-v2 as the towers of one CLIP, in evaluation mode.
 
     The towers are pretrained, each on its own; the two linear projections into the shared space are new, so that
@@ -88,7 +88,7 @@ def open_clip_tower(
     return model.eval(), open_clip.get_tokenizer(name, context_length=context_length)
 
 
-def cut_context(clip: nn.Module, context_length: int) -> None:
+def cut_context(clip: Any, context_length: int) -> None:
     """Keep the first `context_length` positions of open_clip's own text transformer; leave others alone. In place."""
     text = getattr(clip, "text", clip)
     if not hasattr(text, "positional_embedding"):

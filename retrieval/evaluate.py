@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from eval import retrieval_metrics
 from retrieval.batch import Captions, collate_text
 from retrieval.data import RetrievalDataset
+from retrieval.model import RetrievalModel
 
 
 @torch.inference_mode()
 def encode(
-    model: nn.Module, data: RetrievalDataset, captions: Captions, *, batch_size: int = 64, precision: str = "float32"
+    model: RetrievalModel,
+    data: RetrievalDataset,
+    captions: Captions,
+    *,
+    batch_size: int = 64,
+    precision: str = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of every image once and of every caption: float32 (n, D) and (M, D), in the data's order.
 
@@ -42,8 +47,13 @@ def encode(
 
 
 def evaluate(
-    model: nn.Module, data: RetrievalDataset, captions: Captions, *, batch_size: int = 64, precision: str = "float32"
+    model: RetrievalModel,
+    data: RetrievalDataset,
+    captions: Captions,
+    *,
+    batch_size: int = 64,
+    precision: str = "float32",
 ) -> dict[str, float]:
     """Recall@K, median and mean rank both ways, and Rsum of `model` on a split (see `eval.retrieval_metrics`)."""
-    images, texts = encode(model, data, captions, batch_size=batch_size, precision=precision)
+    images, texts = encode(model, data, captions, precision=precision)
     return retrieval_metrics(images, texts, data.image_of_caption)

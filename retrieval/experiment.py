@@ -63,8 +63,8 @@ class Experiment:
         adapter = choose("adapter", ADAPTERS, config["adapter"])
         if penalty["name"] != "none" and adapter.name not in LOW_RANK:
             raise ValueError(
-                f"regularizer={penalty['name']} penalises the subspaces of a low-rank adapter, and adapter={adapter.name} has "
-                f"none; use regularizer=none, or one of adapter={', '.join(LOW_RANK)}"
+                f"regularizer={penalty['name']} penalises the subspaces of a low-rank adapter, and "
+                f"adapter={adapter.name} has none; use regularizer=none, or one of adapter={', '.join(LOW_RANK)}"
             )
         if trainer["pairing"] not in PAIRINGS:
             raise ValueError(f"trainer.pairing is {trainer['pairing']!r}; expected one of {', '.join(PAIRINGS)}")
@@ -74,7 +74,7 @@ class Experiment:
         return cls(
             data=data.pop("name"),
             data_options=data,
-            loss=choose("loss", LOSSES, model.pop("loss")),
+            loss=choose("loss", LOSSES, config["loss"]),
             max_length=model.pop("max_length"),
             model=model,
             adapter=adapter,

@@ -1,8 +1,4 @@
-"""The retrieval models by name: each builds itself from a data set and plain settings, with its pretrained encoders.
-
-A model has `collate_visual`, `encode_visual`, `encode_text` and a forward of matching pairs, `heads` (what trains
-besides the adapter) and `visual_kind`, what a data set's `visual` has to be: "regions" or "frames".
-"""
+"""The retrieval models by name: each builds itself from a data set and plain settings, with its pretrained encoders."""
 
 from __future__ import annotations
 
@@ -12,19 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from retrieval.clip4clip import CLIP4Clip
 from retrieval.data import RetrievalDataset
+from retrieval.model import RetrievalModel
 from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
 
 
-def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: int) -> tuple[nn.Module, Any]:
-    """VSE-infinity on region features. `text` is "minilm" (embedded) or a folder with a BERT in Hugging Face's layout."""
+def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: int) -> tuple[RetrievalModel, Any]:
+    """VSE-infinity on region features, with the text encoder `text` (see `bert`)."""
     encoder, tokenizer = bert(text, cache)
     return VSEInfinity(encoder, data.visual(0).shape[-1], VSEInfinityConfig(**sizes)), tokenizer
 
 
 def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
-    """The text encoder called `name`: "minilm" (embedded) or a folder with config.json, model.safetensors and a
-    tokenizer.
+    """The text encoder called `name`: "minilm" (embedded) or a folder in Hugging Face's layout.
 
     Raises:
         FileNotFoundError: if it is neither.
@@ -46,35 +43,32 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
 def clip4clip(
     data: RetrievalDataset, cache: Path, *, head: str = "meanP", image_size: int = 56, embed_dim: int = 256
-) -> tuple[nn.Module, Any]:
+) -> tuple[RetrievalModel, Any]:
     """CLIP4Clip on video frames, with the embedded towers (DINOv2 ViT-S/14 and MiniLM) composed by open_clip."""
-    from retrieval.clip4clip import CLIP4Clip
     from retrieval.clip_towers import embedded_clip
 
     towers, tokenizer = embedded_clip(cache, image_size=image_size, embed_dim=embed_dim)
     return CLIP4Clip(towers, head=head), tokenizer
 
 
-MODELS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
+MODELS: dict[str, Callable[..., tuple[RetrievalModel, Any]]] = {
     "vse_infty": vse_infty,
     "clip4clip": clip4clip,
 }
+VISUAL_KINDS = {"vse_infty": VSEInfinity.visual_kind, "clip4clip": CLIP4Clip.visual_kind}
 
 
-def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path) -> tuple[nn.Module, Any]:
+def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path) -> tuple[RetrievalModel, Any]:
     """Build the model that `settings` name for `data`: (model in evaluation mode, tokenizer).
 
     Raises:
         ValueError: if the model is unknown or takes another kind of visual input than the data holds.
     """
     settings = dict(settings)
+    holds = "frames" if data.visual(0).ndim == 4 else "regions"
     if (name := settings.pop("name")) not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
-    takes, holds = (
-        {"vse_infty": "regions", "clip4clip": "frames"}[name],
-        "frames" if data.visual(0).ndim == 4 else "regions",
-    )
-    if takes != holds:
-        fitting = "model=clip4clip" if holds == "frames" else "model=vse_infty"
-        raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use {fitting}")
+    if (takes := VISUAL_KINDS[name]) != holds:
+        fitting = next(other for other, kind in VISUAL_KINDS.items() if kind == holds)
+        raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use model={fitting}")
     return MODELS[name](data, cache, **settings)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import cast
 
 import av
 
@@ -74,7 +75,8 @@ def timeline(path: str | PathLike[str]) -> Timeline:
 def video_stream(path: str | PathLike[str], container: av.container.InputContainer) -> av.VideoStream:
     """The main video stream, to be decoded in one thread; VideoError if there is none."""
     stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a music file
+    if not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
+        # the second: the cover of a music file
         raise VideoError(path, "it holds no video stream")
     stream.thread_count = 1  # FFmpeg's own threads can deadlock beside torch's
     return stream
@@ -105,14 +107,15 @@ def _from_packets(packets: list[av.Packet], fps: float, whole_index: bool) -> Ti
     keys = [packet for packet in packets if packet.is_keyframe]
     if not keys or any(packet.pts is None or packet.dts is None for packet in packets):
         return Timeline((), fps, seekable=False)
-    times = sorted(packet.pts for packet in packets if packet.pts >= keys[0].pts and not packet.is_discard)
+    first = cast(int, keys[0].pts)
+    times = sorted(cast(int, p.pts) for p in packets if cast(int, p.pts) >= first and not p.is_discard)
     position = {time: n for n, time in enumerate(times)}
     seekable = (
         whole_index
         and len(position) == len(packets)
-        and all(position[packet.pts] == n for n, packet in enumerate(packets) if packet.is_keyframe)
+        and all(position[cast(int, packet.pts)] == n for n, packet in enumerate(packets) if packet.is_keyframe)
         # FFmpeg seeks by decoding time: it takes the last key frame that is not later
-        and all(key.pts < following.dts for key, following in pairwise(keys))
+        and all(cast(int, key.pts) < cast(int, following.dts) for key, following in pairwise(keys))
     )
     return Timeline(tuple(times), fps, seekable)
 

@@ -20,6 +20,7 @@ from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
+from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import Hardware, RunFolder, Stage, choose_hardware, run_stages
 from training.run import environment
@@ -31,7 +32,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     """Train, evaluate and report one experiment; a finished one is left as it is, a killed one goes on.
 
     Args:
-        config: nested mapping with the groups data, model, adapter, regularizer, trainer (see `scripts/conf`).
+        config: nested mapping with the groups data, model, loss, adapter, regularizer, trainer (see `scripts/conf`).
 
     Returns:
         The run's folder, with metrics.json, adapter.safetensors and report.html.
@@ -56,7 +57,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
         if adapter_parameters(trained):
-            probed.append(probe(trained, validation, captions["validation"]))
+            probed.append(probe(model, validation, captions["validation"]))
 
     with _clock(run, "train"):
         run_stages(
@@ -72,7 +73,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             ),
             collate=collator(model.collate_visual),
             objective=experiment.loss,
-            evaluator=lambda trained: evaluate(trained, validation, captions["validation"], precision=precision),
+            evaluator=lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
             heads=model.heads,
             regularizer=experiment.regularizer,
             hardware=hardware,
@@ -100,7 +101,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, data: RetrievalDataset, captions: Captions) -> dict[str, Subspaces]:
+def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> dict[str, Subspaces]:
     """The subspaces of every adapted layer on the first pairs of a split, without dropout."""
     was_training = model.training
     model.eval()
@@ -115,7 +116,7 @@ def probe(model: nn.Module, data: RetrievalDataset, captions: Captions) -> dict[
 
 
 def _describe(
-    run: RunFolder, experiment: Experiment, model: nn.Module, splits: Mapping[str, RetrievalDataset]
+    run: RunFolder, experiment: Experiment, model: RetrievalModel, splits: Mapping[str, RetrievalDataset]
 ) -> Hardware:
     """Write run.json, unless an earlier launch of the same run did; return the hardware choice that it holds."""
     described = run.read_json("run.json") or {}

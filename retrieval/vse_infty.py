@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.gpo import GPO
+from retrieval.model import RetrievalModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class RegionEncoder(nn.Module):
     """Region features (B, K, d_region) -> (B, D): a linear map plus an MLP with batch norm on each region, then GPO.
 
     Padding is no region: it enters neither the batch statistics nor the pooling. (The published code does count the
-        zero rows in its batch statistics.)
+    zero rows in its batch statistics.)
     """
 
     def __init__(self, d_region: int, config: VSEInfinityConfig) -> None:
@@ -66,7 +68,7 @@ class TextEncoder(nn.Module):
     def __init__(self, bert: nn.Module, config: VSEInfinityConfig) -> None:
         super().__init__()
         self.bert = bert
-        self.linear = nn.Linear(bert.config.hidden_size, config.embed_dim)
+        self.linear = nn.Linear(cast(Any, bert.config).hidden_size, config.embed_dim)
         self.pool = GPO()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class TextEncoder(nn.Module):
         return F.normalize(self.pool(self.linear(hidden), attention_mask.sum(dim=1)), dim=-1)
 
 
-class VSEInfinity(nn.Module):
+class VSEInfinity(RetrievalModel):
     """Both sides of VSE-infinity on region features.
 
     Args:
@@ -85,7 +87,6 @@ class VSEInfinity(nn.Module):
 
     visual_kind = "regions"
     heads = ("image", "text.linear", "text.pool")
-    """What trains besides the adapter: all that is not BERT."""
 
     def __init__(self, bert: nn.Module, d_region: int, config: VSEInfinityConfig | None = None) -> None:
         super().__init__()
@@ -110,9 +111,8 @@ class VSEInfinity(nn.Module):
             "text": self.encode_text(input_ids, attention_mask),
         }
 
-    @staticmethod
-    def collate_visual(items: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """Region features of several images, (K_b, d_region) each -> zero-padded regions (B, K, d_region), lengths (B,)."""
+    def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Regions of several images, (K_b, d_region) each -> zero-padded regions (B, K, d_region), lengths (B,)."""
         lengths = torch.tensor([len(item) for item in items])
         regions = torch.zeros(len(items), int(lengths.max()), items[0].shape[-1])
         for row, item in zip(regions, items, strict=True):

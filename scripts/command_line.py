@@ -1,4 +1,4 @@
-"""The front of every Hydra command: `--help` with examples, and a suggestion instead of a stack trace for a mistyped word."""
+"""The front of every command: `--help` with examples, and a suggestion, not a stack trace, for a mistyped word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.errors import HydraException
@@ -58,7 +58,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def groups(name: str) -> dict[str, list[str]]:
     """The configuration groups of a command and the choices in each, from its defaults list."""
-    defaults = OmegaConf.load(CONF / f"{name}.yaml").get("defaults", [])
+    defaults = cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml")).defaults
     used = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
     return {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in used}
 

@@ -23,15 +23,13 @@ from retrieval.train import train
 def main(config: dict[str, Any]) -> None:
     run = train(config)
     metrics, described = run.read_json("metrics.json"), run.read_json("run.json")
-    share = 100 * described["trained_parameters"] / described["total_parameters"]
-    print()
-    print(render_table(metrics))
-    print(f"\nparameters trained  {described['trained_parameters']:,} of {described['total_parameters']:,} ({share:.1f} %), "
-          f"{described['adapter_parameters']:,} of them in the adapter")  # fmt: skip
+    trained, total = described["trained_parameters"], described["total_parameters"]
+    print(f"\n{render_table(metrics)}\n")
+    print(f"parameters trained  {trained:,} of {total:,} ({100 * trained / total:.1f} %),")
+    print(f"                    {described['adapter_parameters']:,} of them in the adapter")
     if redundancy := metrics.get("redundancy"):
-        print(
-            f"mean redundancy     {redundancy['before']:.3f} after the first stage, {redundancy['after']:.3f} at the end"
-        )
+        print(f"mean redundancy     {redundancy['before']:.3f} after the first stage")
+        print(f"                    {redundancy['after']:.3f} at the end")
     print(
         "time                " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in described["seconds"].items())
     )

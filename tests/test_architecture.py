@@ -1,4 +1,4 @@
-"""The arrows of the design: scripts -> {retrieval, classification} -> {training, eval} -> {adapters, regularizers} -> torch."""
+"""The arrows of the design: scripts -> tasks -> {training, eval} -> {adapters, regularizers} -> torch."""
 
 from __future__ import annotations
 

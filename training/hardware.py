@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Hardware:
-    """How a run computes. On one machine, the same choice gives the same bits; a resumed run keeps the choice it began with."""
+    """How a run computes. On one machine the same choice gives the same bits; a resumed run keeps its choice."""
 
     threads: int
     precision: str

@@ -1,7 +1,7 @@
 """Optimiser groups: the adapter, the heads, and (in full fine-tuning) the backbone, each with its own learning rate.
 
 A parameter falls into a group by what it is, not by a part of its name: in prior code an adapter inside "clip." fell
-    into the backbone's group and trained at a thousandth of its rate.
+into the backbone's group and trained at a thousandth of its rate.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ class LearningRates:
 
 
 def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> list[dict]:
-    """Sort the parameters that train into AdamW's groups; `heads` are the paths of what is neither backbone nor
-    adapter.
+    """Sort the parameters that train into AdamW's groups; `heads` are paths of what is neither backbone nor adapter.
 
     Raises:
         ValueError: if nothing trains.

@@ -1,4 +1,4 @@
-"""A run is a folder: what was asked, what ran, what came out. Every table and figure is made from these folders alone."""
+"""A run is a folder: what was asked, what ran, what came out. Tables and figures are made from these folders alone."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Recipe:
             )
         if self.batch_size < 2 or not 0 <= self.warmup < 1 or self.max_grad_norm <= 0:
             raise ValueError(
-                "a recipe needs batch_size >= 2 (a contrastive loss compares pairs), 0 <= warmup < 1 and max_grad_norm > 0, "
+                "a recipe needs batch_size >= 2 (losses compare pairs), 0 <= warmup < 1, max_grad_norm > 0, "
                 f"but got batch_size={self.batch_size}, warmup={self.warmup}, max_grad_norm={self.max_grad_norm}"
             )
         if self.selection not in SELECTIONS:
@@ -123,7 +123,8 @@ def run_stages(
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(_Progress(stage.name))
             trainer.add_callback(_WriteLog(run, list(records), stage.name))
-            trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+            checkpoint = latest_checkpoint(folder)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             save(model, folder / WEIGHTS)
             history = trainer.state.log_history
             run.write_json(f"checkpoints/{stage.name}/history.json", history)
@@ -190,7 +191,8 @@ class _Progress(TrainerCallback):
     """One bar a stage, with the loss beside it and a line for each validation."""
 
     def __init__(self, stage: str) -> None:
-        self.stage, self.bar = stage, None
+        self.stage = stage
+        self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -200,9 +202,10 @@ class _Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is None:
             return
+        logs: dict[str, float] = kwargs["logs"]
         if "eval_rsum" in logs:
             self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: validation Rsum {logs['eval_rsum']:.1f}")
         elif parts := {key.removeprefix("part_"): value for key, value in logs.items() if key.startswith("part_")}:

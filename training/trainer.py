@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +40,8 @@ class AdapterTrainer(Trainer):
     ) -> None:
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
         super().__init__(eval_dataset=None if evaluator is None else [], **kwargs)
-        self.objective, self.regularizer, self.evaluator = objective, regularizer, evaluator
-        self.first_epoch = first_epoch
+        self.objective: Callable[[Any, float], Mapping[str, Tensor]] = objective
+        self.regularizer, self.evaluator, self.first_epoch = regularizer, evaluator, first_epoch
         self._parts: dict[str, Tensor] = {}
         self._batches = 0
         self.add_callback(_Epochs(self.train_dataset, first_epoch))
@@ -55,12 +53,14 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        context = nullcontext({}) if self.regularizer is None else capture(model)
-        with context as subspaces:  # left before backward: gradient checkpointing runs the forward again there
+        penalties: dict[str, Tensor] = {}
+        if self.regularizer is None:
             outputs = model(**inputs)
-        parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0)))
-        if self.regularizer is not None:
-            parts |= self.regularizer(subspaces)
+        else:
+            with capture(model) as subspaces:  # left before backward: gradient checkpointing runs the forward again
+                outputs = model(**inputs)
+            penalties = self.regularizer(subspaces)
+        parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0))) | penalties
         loss = torch.stack([part.float() for part in parts.values()]).sum()
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {float(part.detach())}" for name, part in parts.items())
@@ -91,7 +91,7 @@ class AdapterTrainer(Trainer):
 
     # Checkpoints hold what trains, not the frozen backbone, and nothing that has to be unpickled.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)
 
@@ -99,7 +99,7 @@ class AdapterTrainer(Trainer):
         load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 class _Epochs(TrainerCallback):

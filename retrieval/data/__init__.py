@@ -10,10 +10,12 @@ it and stay under CC BY-SA 4.0; see ATTRIBUTION.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 from retrieval.data.dataset import SPLITS, RetrievalDataset
 from retrieval.data.openmoji import OpenMojiScenes
 from retrieval.data.openmoji_clips import OpenMojiClips
 
-DATASETS: dict[str, type] = {"openmoji": OpenMojiScenes, "openmoji_clips": OpenMojiClips}
+DATASETS: dict[str, Any] = {"openmoji": OpenMojiScenes, "openmoji_clips": OpenMojiClips}
 
 __all__ = ["DATASETS", "SPLITS", "OpenMojiClips", "OpenMojiScenes", "RetrievalDataset"]

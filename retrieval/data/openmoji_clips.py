@@ -20,6 +20,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -163,7 +164,7 @@ def _build(folder: Path, options: dict) -> None:
     size = options["size"]
     drawn = {concept: render(concepts()[concept].svg, size) for concept in table["concept"].unique()}
 
-    def write(row: tuple) -> None:
+    def write(row: Any) -> None:
         frames = animate(drawn[row.concept], row.motion, COLOURS[row.background], size, LENGTH)
         encode_h264(folder / "videos" / f"{row.video_id}.mp4", frames, RATE)
 

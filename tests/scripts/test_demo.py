@@ -1,4 +1,4 @@
-"""`make demo` itself at tiny size, end to end: the targets of the Makefile, real encoders, real data, a real FAISS index."""
+"""`make demo` itself at tiny size, end to end: real encoders, real data, a real FAISS index."""
 
 from __future__ import annotations
 
