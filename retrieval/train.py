@@ -42,7 +42,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     """
     experiment = Experiment.of(config)
     run = RunFolder.of(experiment.runs, *experiment.levels)
-    run.begin(config)
+    run.check(config)
     if run.finished:
         if not (run.path / "report.html").is_file():
             write_report(run.path)
@@ -50,6 +50,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
 
     with _clock(run, "load data and encoders"):
         splits, model, captions = assemble(experiment)
+    run.begin(config)
     hardware = _describe(run, experiment, model, splits)
     torch.set_num_threads(hardware.threads)
     validation, test, precision = splits["validation"], splits["test"], hardware.precision

@@ -41,12 +41,8 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / FINISHED).is_file()
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration, or check that the folder was begun with the same one.
-
-        Raises:
-            ValueError: if it was begun with another; the message names the keys that differ.
-        """
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError if the folder was begun with another configuration; the message names what differs."""
         path = self.path / "config.yaml"
         if path.is_file():
             earlier, now = flatten(yaml.safe_load(path.read_text())), flatten(config)
@@ -57,7 +53,10 @@ class RunFolder:
                     f"{self.path} was begun with another configuration ({changes}); give this run another place with "
                     "runs=FOLDER, or delete the old folder"
                 )
-            return
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Check the configuration and write it down."""
+        self.check(config)
         self.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_text(self, name: str, text: str) -> Path:

@@ -80,7 +80,7 @@ def test_the_table_for_the_terminal() -> None:
     assert lines[1].split() == ["R@1", "R@5", "R@10"] * 2 + ["Rsum"]
     assert lines[2].split()[:2] == ["test", "31.4"] and lines[3].split()[0] == "chance"
     assert len({len(line) for line in lines[1:]}) == 1
-    with pytest.raises(ValueError, match=r"expected 'test'.*received \['validation'\]"):
-        render_table({"validation": chance})
+    with pytest.raises(ValueError, match=r"expected one of train, validation, test.*received \['chance'\]"):
+        render_table({"chance": {}})
     with pytest.raises(ValueError, match="no level of chance for 'test'"):
         render_table({"test": chance})

@@ -44,4 +44,4 @@ def test_a_mistake_gets_one_line_and_no_stack_trace(argument: str, hint: str, tm
     assert done.returncode != 0
     assert "Traceback" not in done.stderr and hint in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not list(tmp_path.rglob("metrics.json"))
+    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
