@@ -36,7 +36,11 @@ def launch(main: Callable[[dict[str, Any]], None], name: str, help_text: str) ->
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(config: DictConfig) -> None:
-        main(plain(config))
+        try:
+            main(plain(config))
+        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)  # here: around `run`, Hydra has printed a stack trace already
 
     try:
         if not sweep:
@@ -45,9 +49,6 @@ def launch(main: Callable[[dict[str, Any]], None], name: str, help_text: str) ->
         run()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_explain(str(error), overrides, name))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

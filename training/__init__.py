@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import adapters  # noqa: F401  (first: transformers imports torchvision, which a CPU-only torch needs help with)
 from training.hardware import Hardware, choose_hardware
 from training.optimizers import LearningRates
 from training.run import RunFolder
