@@ -64,12 +64,27 @@ class AdaptedLinear(nn.Linear):
             rows.addmm_(activations.to(out.dtype), basis.to(out.dtype))
         return out.view(*x.shape[:-1], self.out_features)
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that have a branch, such as ("q", "v")."""
+        return tuple(self.branches)
+
+    def weight_subspaces(self, role: str) -> tuple[Tensor, Tensor]:
+        """The rank-1 parts of the update's weight: the identity as input, activations (d_in, r), basis (r, d_out)."""
+        branch = self.branches[role]
+        training, dtype = branch.training, next(branch.parameters()).dtype
+        try:
+            identity = torch.eye(self.in_features, device=self.weight.device, dtype=dtype)
+            return cast(Branch, branch.eval()).subspaces(identity)  # without dropout
+        finally:
+            branch.train(training)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add each branch to its rows of the weight, in float32, and become a stock layer again."""
-        identity = torch.eye(self.in_features, device=self.weight.device)
         for role, branch in self.branches.items():
-            activations, basis = cast(Branch, branch.float().eval()).subspaces(identity)
+            branch.float()
+            activations, basis = self.weight_subspaces(role)
             start, stop = self.slices[role]
             rows = self.weight[start:stop]
             rows.copy_(rows.float() + (activations @ basis).T)

@@ -1,4 +1,4 @@
-"""How redundant a trained adapter is: the heat map of the paper's Figure 1a, and its one-number summary."""
+"""How redundant a trained adapter is: the heat map of the paper's Figure 1a, and numbers that sum it up."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regularizers.linear import cosines
+from regularizers.columns import cosines
 from regularizers.subspaces import Subspaces
+
+DEAD = 0.01  # of the largest subspace of the layer
 
 
 @torch.no_grad()
@@ -37,3 +39,34 @@ def mean_redundancy(subspaces: Mapping[str, Subspaces]) -> float:
             raise ValueError(f"{name} has rank 1: with a single subspace there is no redundancy between subspaces")
         means.append(pairs.mean())
     return float(torch.stack(means).mean())
+
+
+@torch.no_grad()
+def singular_values(subspaces: Subspaces) -> Tensor:
+    """The r singular values of the update ``activations @ basis`` (N, d_out), descending, without building it: (r,).
+
+    In float64. Fewer than r where N or d_out is smaller.
+    """
+    left = torch.linalg.qr(subspaces.activations.double(), mode="r").R
+    right = torch.linalg.qr(subspaces.basis.double().T, mode="r").R
+    return torch.linalg.svdvals(left @ right.T)
+
+
+def effective_rank(subspaces: Subspaces) -> float:
+    """How many dimensions the update uses, between 1 and r: the exponential of the entropy of its singular values.
+
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007. Zero for an update that is zero, as at B = 0.
+    """
+    values = singular_values(subspaces)
+    if not values.sum() > 0:
+        return 0.0
+    share = values / values.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+@torch.no_grad()
+def dead_components(subspaces: Subspaces) -> int:
+    """How many subspaces add next to nothing: |s_i| |b_i| at most 1 % of the layer's largest; all r if that is zero."""
+    activations, basis = subspaces.activations.double(), subspaces.basis.double()
+    sizes = activations.norm(dim=0) * basis.norm(dim=1)
+    return int((sizes <= DEAD * sizes.max()).sum())

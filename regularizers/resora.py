@@ -3,56 +3,115 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from regularizers.capture import capture, layer_pattern
+from regularizers.cosine import cosine
+from regularizers.euclidean import euclidean
 from regularizers.linear import linear
-from regularizers.subspaces import Subspaces
+from regularizers.nonlinear import nonlinear
+from regularizers.overlap import overlap
+from regularizers.subspaces import Captured, Subspaces
 
 # A measure takes activations (N, r) and basis (r, d_out) and returns a scalar: one file and one line here.
 REGULARIZERS: dict[str, Callable[..., Tensor]] = {
+    "euclidean": euclidean,
+    "cosine": cosine,
     "linear": linear,
+    "nonlinear": nonlinear,
+    "overlap": overlap,
 }
+REDUCTIONS = ("mean", "sum")
 
 
 class ReSoRA:
     """The penalty to add to a task's loss: weight x the mean of a measure over the adapted layers.
 
-    The paper applies the measure to each LoRA component on its own; whether it sums or averages over layers it does
-    not say. The mean is taken, so that the weight means the same for two layers and for thirty-six.
+        resora = ReSoRA("linear", weight=1e-2)
+        with resora.capture(model) as subspaces:
+            loss = model(**batch).loss
+        loss = loss + sum(resora(subspaces).values())
+
+    Where a measure's gradient goes, to A or to B, is in its docstring and in docs/regularizers.md.
 
     Args:
         measure: a name in `REGULARIZERS`.
         weight: the penalty's weight. Default: 1e-2; the paper gives none.
+        on: "features", or "weights" as in the paper's Table 4, see `capture`.
+        samples: "tokens" or "mean", see `capture`.
+        layers: a regular expression of the layers to penalise, see `capture`. Default: all.
+        reduction: "mean" or "sum" over the layers. The paper applies the measure to each LoRA component on its own and
+            does not say; with the mean, the weight means the same for two layers and for thirty-six.
+        parameters: the measure's own, such as ``beta`` of euclidean, ``sigma_fraction`` of nonlinear, ``centered`` and
+            ``transposed`` of linear.
 
     Raises:
-        ValueError: for an unknown measure or a negative weight.
+        ValueError: for an unknown measure or parameter, or a value that is out of range.
     """
 
-    def __init__(self, measure: str = "linear", weight: float = 1e-2) -> None:
+    def __init__(
+        self,
+        measure: str = "linear",
+        weight: float = 1e-2,
+        *,
+        on: str = "features",
+        samples: str = "tokens",
+        layers: str | None = None,
+        reduction: str = "mean",
+        **parameters: Any,
+    ) -> None:
         if measure not in REGULARIZERS:
             close = difflib.get_close_matches(measure, REGULARIZERS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
             raise ValueError(f"unknown regularizer {measure!r}{hint} choose from {', '.join(REGULARIZERS)}")
         if weight < 0:
             raise ValueError(f"weight is {weight}; expected 0 or more, since the penalty is minimised")
-        self.measure, self.weight = measure, weight
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+        takes = list(inspect.signature(REGULARIZERS[measure]).parameters)[2:]
+        if unknown := sorted(set(parameters) - set(takes)):
+            raise ValueError(
+                f"{measure} takes no {', '.join(unknown)}; its parameters are {', '.join(takes) or 'none'}"
+            )
+        Captured(on, samples), layer_pattern(layers)  # raise for what does not exist
+        REGULARIZERS[measure](torch.ones(1, 2), torch.ones(2, 1), **parameters)  # likewise
+        self.measure, self.weight, self.reduction, self.parameters = measure, weight, reduction, parameters
+        self.on, self.samples, self.layers = on, samples, layers
+
+    def capture(self, model: nn.Module) -> AbstractContextManager[Captured]:
+        """`capture(model)` with this penalty's `on`, `samples` and `layers`."""
+        return capture(model, on=self.on, samples=self.samples, layers=self.layers)
 
     def __call__(self, subspaces: Mapping[str, Subspaces]) -> dict[str, Tensor]:
         """What `capture` collected -> {"resora_<measure>": weighted scalar}.
 
         Raises:
-            ValueError: if nothing was captured.
+            ValueError: if nothing was captured, or it was captured with other options than this penalty's.
         """
-        if not subspaces:
+        if isinstance(subspaces, Captured) and (subspaces.on, subspaces.samples) != (self.on, self.samples):
             raise ValueError(
-                "no subspaces to regularize: run the model inside `with capture(model) as subspaces:` first"
+                f"{self} needs subspaces captured with on={self.on!r}, samples={self.samples!r}, but these have "
+                f"on={subspaces.on!r}, samples={subspaces.samples!r}; use `with resora.capture(model) as subspaces:`"
+            )
+        pattern = layer_pattern(self.layers)
+        chosen = [pair for name, pair in subspaces.items() if pattern.search(name)]
+        if not chosen:
+            raise ValueError(
+                "no subspaces to regularize: run the model, with its adapters switched on, inside "
+                "`with resora.capture(model) as subspaces:` first"
             )
         measure = REGULARIZERS[self.measure]
-        values = torch.stack([measure(activations, basis) for activations, basis in subspaces.values()])
-        return {f"resora_{self.measure}": self.weight * values.mean()}
+        values = torch.stack([measure(activations, basis, **self.parameters) for activations, basis in chosen])
+        return {f"resora_{self.measure}": self.weight * (values.mean() if self.reduction == "mean" else values.sum())}
 
     def __repr__(self) -> str:
-        return f"ReSoRA({self.measure!r}, weight={self.weight})"
+        options = {"on": "features", "samples": "tokens", "layers": None, "reduction": "mean"}
+        changed = {key: getattr(self, key) for key, default in options.items() if getattr(self, key) != default}
+        settings = "".join(f", {key}={value!r}" for key, value in (changed | self.parameters).items())
+        return f"ReSoRA({self.measure!r}, weight={self.weight}{settings})"

@@ -1,0 +1,160 @@
+"""Record the rank-1 subspaces of every low-rank update while a model runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from regularizers.layers import LowRankLayer, Record, low_rank_layers
+from regularizers.subspaces import Captured, Subspaces
+
+
+@contextmanager
+def capture(
+    model: nn.Module, *, on: str = "features", samples: str = "tokens", layers: str | None = None
+) -> Iterator[Captured]:
+    """Collect the subspaces of every adapted layer of `model` that runs inside the context.
+
+        with capture(model) as subspaces:
+            output = model(inputs)
+        penalty = ReSoRA("linear", weight=1e-2)(subspaces)
+
+    Nothing is computed twice: the activations are those of the forward pass itself, with their graph. The adapters of
+    this suite and `peft.PeftModel` work alike; of PEFT's adapters those take part that are switched on. A layer that
+    runs several times in the context adds up its samples. Under DDP each process sees the samples of its own batch.
+
+    Samples are tokens, pixels or frames. A padding token is none: the 2-D `attention_mask` (batch, length) that a
+    module around the layer was called with is found, and the positions where it is zero are left out.
+
+    Close the context before `backward`, so that gradient checkpointing does not record its second forward pass.
+
+    Args:
+        model: holds low-rank layers; may be wrapped in DistributedDataParallel.
+        on: "features", or "weights" (the paper's Table 4): the identity in place of the samples, so that the
+            activations are A^T (d_in, r). Weights are read on entry; the model need not run.
+        samples: "tokens", or "mean": one sample for each item of the batch, the mean over its tokens.
+        layers: a regular expression; only layers whose name "<layer>.<role>" it is found in are recorded.
+
+    Yields:
+        Captured: a dict "<layer>.<role>" -> Subspaces, filled while the model runs. The role is a target ("q") of this
+        suite's adapters, and the adapter's name ("default") for PEFT's.
+
+    Raises:
+        ValueError: if the model holds no layer to capture, is compiled, or is checkpointed in the reentrant mode.
+        RuntimeError: inside another capture of the same model.
+    """
+    captured = Captured(on, samples)
+    model = _plain(model)
+    found = low_rank_layers(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no low-rank layer: inject an adapter such as LoRA first")
+    pattern = layer_pattern(layers)
+    if layers is not None:
+        found = {name: layer for name, layer in found.items() if pattern.search(name) or _names(name, layer, pattern)}
+        if not found:
+            examples = ", ".join(list(low_rank_layers(model))[:3])
+            raise ValueError(f"layers={layers!r} is found in no low-rank layer; their names are {examples}, ...")
+    if on == "weights":
+        for name, layer in found.items():
+            for key, role in _names(name, layer, pattern).items():
+                captured[key] = Subspaces(*layer.weight_subspaces(role))
+        yield captured
+        return
+    grad_enabled = torch.is_grad_enabled()
+    with _attention_masks(model, found) as masks, ExitStack() as stack:
+        for name, layer in found.items():
+            stack.enter_context(layer.listen(_recorder(captured, name, masks, pattern, grad_enabled)))
+        yield captured
+
+
+def layer_pattern(layers: str | None) -> re.Pattern[str]:
+    """The compiled expression; None is found in every name. Raises ValueError if it is no regular expression."""
+    try:
+        return re.compile(layers or "")
+    except re.error as error:
+        raise ValueError(f"layers={layers!r} is no regular expression: {error}") from None
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel; raise for wrappers in which hooks do not work."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("capture does not work with DataParallel, which runs copies; use DistributedDataParallel")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = cast(nn.Module, model.module)
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            where = name or type(module).__name__
+            raise ValueError(
+                f"{where} is compiled, and torch.compile drops hooks that come after it: capture nothing silently is "
+                "what would follow. Train the module that you passed to torch.compile"
+            )
+    return model
+
+
+def _names(name: str, layer: LowRankLayer, pattern: re.Pattern[str]) -> dict[str, str]:
+    """{"<layer>.<role>": role} of the roles that the pattern is found in."""
+    return {f"{name}.{role}": role for role in layer.roles if pattern.search(f"{name}.{role}")}
+
+
+def _recorder(
+    captured: Captured, name: str, masks: list[Tensor], pattern: re.Pattern[str], grad_enabled: bool
+) -> Record:
+    def record(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
+        key = f"{name}.{role}"
+        if not pattern.search(key):
+            return
+        if grad_enabled and not torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} ran without a graph, as reentrant gradient checkpointing does: a penalty would have no "
+                "gradient. Use the other mode, gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        mask = next((mask for mask in reversed(masks) if mask.shape == shape), None)
+        if captured.samples == "mean" and len(shape) > 1:
+            activations = _mean(activations.view(*shape, -1), mask)
+        elif mask is not None:
+            activations = activations[mask.reshape(-1).bool()]
+        if (earlier := captured.get(key)) is not None:
+            activations = torch.cat([earlier.activations, activations])
+        captured[key] = Subspaces(activations, basis)
+
+    return record
+
+
+def _mean(activations: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the real tokens of each item: (B, ..., r) and perhaps a mask (B, L) -> (B, r)."""
+    if mask is None:
+        return activations.flatten(1, -2).mean(dim=1)
+    weight = mask.to(activations.dtype)[..., None]
+    return (activations * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+@contextmanager
+def _attention_masks(model: nn.Module, layers: dict[str, Any]) -> Iterator[list[Tensor]]:
+    """The 2-D attention masks of the modules that are running now, innermost last."""
+    masks: list[Tensor] = []
+    pushed: list[bool] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        found = isinstance(mask, Tensor) and mask.dim() == 2
+        pushed.append(found)
+        if found:
+            masks.append(cast(Tensor, mask))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if pushed.pop():
+            masks.pop()
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            around = any(layer.startswith(f"{name}." if name else "") for layer in layers)
+            if around and "attention_mask" in inspect.signature(module.forward).parameters:
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after, always_call=True).remove)
+        yield masks

@@ -1,0 +1,39 @@
+"""Cosines between columns, which four of the five measures are made of, and the precision that they are computed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cosines(columns: Tensor, centered: bool = False) -> Tensor:
+    """The cosine between each two of r columns: (N, r) -> (r, r), in float32 at least; 0 where a column is zero.
+
+    Args:
+        columns: ``(N, r)``, any float dtype and any magnitude.
+        centered: subtract each column's mean first, which makes the cosine Pearson's correlation. A constant column
+            then counts as zero.
+    """
+    with torch.autocast(columns.device.type, enabled=False):
+        columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        largest = _largest(columns)
+        # Columns of magnitude 1 first: the square of 1e-30 or 1e30 has no place in float32.
+        columns = columns / largest.where(largest > 0, torch.ones_like(largest))
+        if centered and len(columns):
+            columns = columns - columns.mean(dim=0)
+            spread = _largest(columns)
+            varies = spread > 8 * torch.finfo(columns.dtype).eps  # what is left of a constant column is rounding
+            columns = columns * (varies / spread.where(varies, torch.ones_like(spread)))
+        gram = columns.T @ columns
+        square = gram.diagonal()
+        norms = square.where(square > 0, torch.ones_like(square)).sqrt()  # sqrt'(0) is infinite
+        return gram / (norms[:, None] * norms[None, :])
+
+
+def sum_of_pairs(matrix: Tensor) -> Tensor:
+    """The sum over i < j of an (r, r) matrix."""
+    return matrix.triu(diagonal=1).sum()
+
+
+def _largest(columns: Tensor) -> Tensor:
+    return columns.detach().abs().amax(dim=0) if len(columns) else columns.new_zeros(columns.shape[1])

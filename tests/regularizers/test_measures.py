@@ -1,0 +1,194 @@
+"""Every measure against its equation written naively, and where the naive form is 0/0, overflows or has no pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import equations
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regularizers import REGULARIZERS, cosine, euclidean, linear, nonlinear, overlap
+from regularizers.median import median_pair
+
+CLOSED_AND_NAIVE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "euclidean": (euclidean, equations.equation_5),
+    "euclidean, beta": (partial(euclidean, beta=0.3), partial(equations.equation_5, beta=0.3)),
+    "cosine": (cosine, equations.equation_6),
+    "linear": (linear, equations.equation_7),
+    "linear, transposed": (partial(linear, transposed=True), partial(equations.equation_7, transposed=True)),
+    "overlap": (overlap, equations.frobenius_overlap),
+}
+MEASURES = {
+    **REGULARIZERS,
+    "linear, centred": partial(linear, centered=True),
+    "linear, transposed": partial(linear, transposed=True),
+}
+shapes = st.tuples(st.integers(1, 40), st.integers(2, 9), st.integers(2, 12), st.integers(0, 2**31 - 1))
+
+
+def draw(samples: int, rank: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    activations = torch.randn(samples, rank, generator=generator, dtype=torch.float64)
+    basis = torch.randn(rank, width, generator=generator, dtype=torch.float64)
+    return activations.to(dtype).requires_grad_(), basis.to(dtype).requires_grad_()
+
+
+def gradients(value: Tensor, *arguments: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(value, arguments, allow_unused=True)
+    return [torch.zeros_like(a) if g is None else g for a, g in zip(arguments, found, strict=True)]
+
+
+@pytest.mark.parametrize("name", CLOSED_AND_NAIVE)
+@settings(deadline=None, max_examples=40)
+@given(shape=shapes, dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_value_and_gradients_are_those_of_the_equation(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    closed, naive = CLOSED_AND_NAIVE[name]
+    activations, basis = draw(*shape, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (activations, basis)]
+    ours, theirs = closed(activations, basis), naive(*exact)
+    tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    torch.testing.assert_close(ours.double(), theirs, **tolerance)
+    for mine, expected in zip(gradients(ours, activations, basis), gradients(theirs, *exact), strict=True):
+        scale = float(expected.abs().max()) + 1.0
+        torch.testing.assert_close(mine.double() / scale, expected / scale, **tolerance)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 90), st.integers(2, 6), st.sampled_from([0.4, 1.0]), st.integers(0, 2**31 - 1))
+def test_nonlinear_is_the_kernel_form(samples: int, rank: int, fraction: float, seed: int) -> None:
+    activations, basis = draw(samples, rank, 5, seed)
+    ours = nonlinear(activations, basis, sigma_fraction=fraction)
+    theirs = equations.equation_8(activations, basis, sigma_fraction=fraction)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    single = nonlinear(activations.detach().float(), basis.detach().float(), sigma_fraction=fraction)
+    torch.testing.assert_close(single.double(), theirs.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [3, 20, 151])
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+def test_the_gradient_of_nonlinear_is_that_of_the_kernel_form(samples: int, tails: str) -> None:
+    activations, basis = draw(samples, 4, 6, seed=samples)
+    if tails == "heavy":  # Cauchy: outliers hundreds of bandwidths away
+        activations = (activations.detach() / draw(samples, 4, 6, seed=1)[0].detach()).requires_grad_()
+    ours = gradients(nonlinear(activations, basis), activations, basis)
+    theirs = gradients(equations.equation_8(activations, basis), activations, basis)
+    scale = theirs[0].abs().max()
+    torch.testing.assert_close(ours[0] / scale, theirs[0] / scale, rtol=0, atol=2e-4)
+    torch.testing.assert_close(ours[1], torch.zeros_like(basis), rtol=0, atol=0)
+    torch.testing.assert_close(theirs[1], torch.zeros_like(basis), rtol=0, atol=1e-9)  # the bandwidth takes it away
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 60), st.integers(0, 2**31 - 1), st.booleans())
+def test_the_median_distance_is_numpys(samples: int, seed: int, ties: bool) -> None:
+    values = np.random.default_rng(seed).normal(size=samples)
+    values = np.sort(np.round(values * 2) if ties else values)
+    distances = np.sort(np.abs(values[:, None] - values[None, :])[np.triu_indices(samples, 1)])
+    ordered = torch.tensor(values)[None]
+    lower, upper = median_pair(ordered)
+    found = float(ordered[0, upper[0, 0]] - ordered[0, lower[0, 0]])
+    assert found == pytest.approx(distances[(len(distances) - 1) // 2], rel=1e-9, abs=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(item, Tensor):
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_tensor_grows_with_samples_squared_or_with_samples_times_width(name: str) -> None:
+    samples, rank, width = 6304, 8, 768
+    activations, basis = draw(samples, rank, width, seed=0, dtype=torch.float32)
+    with Largest() as largest:
+        MEASURES[name](activations, basis).backward()
+    assert largest.elements <= samples * rank * 64  # the bumps of nonlinear; N x N is 700 times that
+    assert largest.elements < samples * width
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", ["basis zero", "dead", "one sample", "one subspace", "constant", "tiny", "huge", "identical", "no sample"]
+)
+def test_defined_everywhere(name: str, dtype: torch.dtype, case: str) -> None:
+    samples, rank, width = {"one sample": 1, "no sample": 0}.get(case, 30), 1 if case == "one subspace" else 5, 7
+    activations, basis = (tensor.detach().clone() for tensor in draw(samples, rank, width, 3, torch.float32))
+    if case == "basis zero":
+        basis.zero_()
+    elif case == "dead":
+        activations[:, 2] = 0
+        basis[3] = 0
+    elif case == "constant":
+        activations[:] = 0.1
+    elif case == "identical":
+        activations[:], basis[:] = activations[:, :1].clone(), basis[:1].clone()
+    elif case in ("tiny", "huge"):
+        magnitude = {"tiny": 1e-18, "huge": 3e4 if dtype == torch.float16 else 1e15}[case]  # 1e-18 is 0 in half
+        activations, basis = (tensor.clamp(-2, 2) * magnitude for tensor in (activations, basis))
+    activations, basis = activations.to(dtype).requires_grad_(), basis.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = MEASURES[name](activations, basis)
+    assert value.shape == () and value.dtype == torch.float32 and torch.isfinite(value)
+    bound = rank * (rank - 1) / 2
+    assert -bound - 1e-3 <= float(value.detach()) <= bound + 1e-3
+    for gradient in gradients(value, activations, basis) if value.requires_grad else []:
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "activations_move", "basis_moves"),
+    [("euclidean", True, True), ("cosine", False, True), ("linear", True, False), ("nonlinear", True, False),
+     ("overlap", True, True), ("linear, transposed", False, True), ("linear, centred", True, False)],
+)  # fmt: skip
+def test_which_factor_each_measure_moves(name: str, activations_move: bool, basis_moves: bool) -> None:
+    activations, basis = draw(20, 4, 6, seed=0)
+    to_activations, to_basis = gradients(MEASURES[name](activations, basis), activations, basis)
+    assert (bool(to_activations.any()), bool(to_basis.any())) == (activations_move, basis_moves)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, centred", "nonlinear", "overlap", "cosine"])
+def test_measures_without_a_scale_do_not_see_one(name: str) -> None:
+    activations, basis = draw(40, 5, 6, seed=0)
+    scaled = activations * torch.tensor([1e-3, 1.0, 7.0, 1e4, 0.2])
+    torch.testing.assert_close(MEASURES[name](scaled, basis * 3), MEASURES[name](activations, basis))
+
+
+def test_centred_linear_is_the_squared_correlation() -> None:
+    activations, basis = draw(50, 4, 3, seed=0)
+    shifted = activations.detach() + 5
+    correlations = np.corrcoef(shifted.numpy().T)
+    assert float(linear(shifted, basis, centered=True)) == pytest.approx((np.triu(correlations, 1) ** 2).sum())
+
+
+def test_bad_parameters_are_refused() -> None:
+    activations, basis = draw(5, 2, 3, seed=0)
+    with pytest.raises(ValueError, match="beta is 0"):
+        euclidean(activations, basis, beta=0)
+    with pytest.raises(ValueError, match="sigma_fraction is -1"):
+        nonlinear(activations, basis, sigma_fraction=-1)
+    with pytest.raises(ValueError, match="transposed=True"):
+        linear(activations, basis, centered=True, transposed=True)
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    activations, basis = draw(9, 3, 4, seed=0)
+    (first,) = torch.autograd.grad(euclidean(activations, basis), activations, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
+        first.sum().backward()
