@@ -12,8 +12,8 @@ pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,15 @@ class Adapter(Protocol):
 
     def apply(self, model: nn.Module) -> None:
         """Put the trainable parts into `model`, in which nothing trains yet."""
+
+
+@runtime_checkable
+class LowRankAdapter(Adapter, Protocol):
+    """An adapter whose saved file can be read without the model that it was trained in (`adapters.stored`)."""
+
+    def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The tensors of a file that `save` wrote -> "<layer>.<role>": the pair of `AdaptedLinear.weight_subspaces`."""
+        ...
 
 
 class Branch(Protocol):
@@ -104,3 +113,14 @@ def adapt(linear: nn.Linear, role: str, rows: tuple[int, int], branch: nn.Module
     adapted = cast(AdaptedLinear, linear)
     adapted.branches[role] = branch.train(linear.training)
     adapted.slices[role] = rows
+
+
+def branch_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a saved file that belong to branches: "<layer>.<role>" -> {"A": ..., "B": ...}, in their order."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, separator, rest = name.rpartition(".branches.")
+        if separator:
+            role, _, parameter = rest.partition(".")
+            found.setdefault(f"{layer}.{role}", {})[parameter] = tensor
+    return found

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapters.base import Adapter
 from adapters.inject import inject, injection
 from adapters.methods import ADAPTERS
 
@@ -57,17 +58,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             configuration than the model's, or its tensors are not exactly the model's (missing, unexpected and
             misshaped ones are named).
     """
-    with safe_open(os.fspath(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is not an adapter file of this suite: format {metadata.get('format')!r}, not {FORMAT!r}"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    settings = json.loads(metadata["adapter"])
-    if (name := settings.pop("name")) not in ADAPTERS:
-        raise ValueError(f"{path} holds adapter {name!r}; this version knows {', '.join(ADAPTERS)}")
-    adapter, train = ADAPTERS[name](**settings), tuple(json.loads(metadata["train"]))
+    adapter, tensors, metadata = read(path)
+    train = tuple(json.loads(metadata["train"]))
     if (held := injection(model)) is None:
         inject(model, adapter, train)
     elif held.adapter != adapter or held.train != train:
@@ -81,6 +73,33 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         )
     _copy(tensors, _trained(model), path)
     return model
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Adapter, dict[str, Tensor], dict[str, str]]:
+    """A file that `save` wrote -> the adapter's configuration, the tensors by name, the metadata. No model is needed.
+
+    Raises:
+        ValueError: if the file is not one of ours, or holds an adapter that this version does not know.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not an adapter file of this suite: format {metadata.get('format')!r}, not {FORMAT!r}"
+        )
+    settings = json.loads(metadata["adapter"])
+    if (name := settings.pop("name")) not in ADAPTERS:
+        raise ValueError(f"{path} holds adapter {name!r}; this version knows {', '.join(ADAPTERS)}")
+    return ADAPTERS[name](**settings), tensors, metadata
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata; raises ValueError for another kind of file."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or was cut off ({error})") from None
 
 
 def base_identity(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import adapt
+from adapters.base import adapt, branch_tensors
 from adapters.targets import check_targets, find_sites
 
 
@@ -47,10 +48,18 @@ class LoRA:
                 f"but got rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
             )
 
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
     def apply(self, model: nn.Module) -> None:
         for _, layer, role, start, stop in find_sites(model, self.targets):
-            branch = LoRABranch(layer.in_features, stop - start, self.rank, self.alpha / self.rank, self.dropout)
+            branch = LoRABranch(layer.in_features, stop - start, self.rank, self.scale, self.dropout)
             adapt(layer, role, (start, stop), branch.to(device=layer.weight.device, dtype=layer.weight.dtype))
+
+    def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """See `LowRankAdapter`: activations = scale A^T (d_in, r), basis = B^T (r, d_out)."""
+        return {name: (part["A"].T * self.scale, part["B"].T) for name, part in branch_tensors(tensors).items()}
 
 
 class LoRABranch(nn.Module):

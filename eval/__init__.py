@@ -7,7 +7,9 @@ The way of the data, one idea a file:
     ranks        scores -> the rank of each query's best right answer, ties counted half
     metrics      ranks -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
     chance       the same keys for a random ranking, in closed form
+    accuracy     logits -> accuracy and cross-entropy, their chance and table (classification)
     tables       metrics -> plain text
+    diagnosis    subspaces of each layer -> redundancy, effective rank, dead components, as a table
     report       a run folder -> one HTML page, from run_folder, history, figures, redundancy and pictures
 
 Nothing here knows of models or training. `from eval.report import write_report` is kept apart because it imports
@@ -16,9 +18,18 @@ matplotlib and jinja2, which an evaluation inside a training loop does not need.
 
 from __future__ import annotations
 
+from eval.accuracy import accuracy_metrics, chance_accuracy, render_accuracy
 from eval.chance import chance_level
 from eval.index import top_k
 from eval.metrics import retrieval_metrics
 from eval.tables import render_table
 
-__all__ = ["chance_level", "render_table", "retrieval_metrics", "top_k"]
+__all__ = [
+    "accuracy_metrics",
+    "chance_accuracy",
+    "chance_level",
+    "render_accuracy",
+    "render_table",
+    "retrieval_metrics",
+    "top_k",
+]

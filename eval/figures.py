@@ -1,21 +1,29 @@
-"""The figures of a report, as SVG: loss and recall curves, redundancy heat maps. No pyplot, so no global state."""
+"""Loss and recall curves and redundancy heat maps, as SVG or PNG. No pyplot, so no global state."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from eval.history import History
 from eval.metrics import DIRECTIONS, RECALL_AT
+from eval.redundancy import mean_off_diagonal
 
 WIDTH = 5.4  # inches; a phone shows 10 pt of it as about 9 px
+Matrix = Sequence[Sequence[float]]
 DIRECTION_NAMES = {"i2t": "image to text", "t2i": "text to image"}
 
 
@@ -76,28 +84,74 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     return placed
 
 
-def heatmap_figure(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], palette: Palette) -> Figure:
+def heatmap_figure(before: Matrix, after: Matrix, palette: Palette) -> Figure:
     """Redundancy of one layer, (r, r) in 0..1, before and after on one colour scale; the diagonal (1) is left out."""
-    matrices = [np.array(before, dtype=np.float64), np.array(after, dtype=np.float64)]
-    for matrix in matrices:
-        np.fill_diagonal(matrix, np.nan)
-    greatest = max((float(np.nanmax(matrix)) for matrix in matrices if len(matrix) > 1), default=1.0) or 1.0
+    greatest = max(float(np.nanmax(_off_diagonal(matrix), initial=0.0)) for matrix in (before, after)) or 1.0
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     figure.patch.set_alpha(0)
-    colours = LinearSegmentedColormap.from_list("redundancy", palette.ramp).with_extremes(bad=(0, 0, 0, 0))
     axes = figure.subplots(1, 2)
-    for axis, matrix, name in zip(axes, matrices, ("before", "after"), strict=True):
-        image = axis.imshow(matrix, cmap=colours, vmin=0, vmax=greatest)
+    for axis, matrix, name in zip(axes, (before, after), ("before", "after"), strict=True):
+        image = _heatmap(axis, matrix, palette, greatest)
         axis.patch.set_alpha(0)
         axis.set_title(name, loc="left", color=palette.ink)
         axis.set_xticks([])
         axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_color(palette.faint)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.03)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=palette.ink, length=0)
+    _colour_bar(figure, image, list(axes), palette)
     return figure
+
+
+def redundancy_figure(heading: str, rows: Sequence[Sequence[tuple[str, Matrix]]], palette: Palette) -> Figure:
+    """Figure 1a of the ReSoRA paper: heat maps of redundancy, all on the colour scale 0..1, with their means.
+
+    Args:
+        heading: above all of them.
+        rows: of panels, each a title and an (r, r) matrix with entries in 0..1; the diagonal (1) is left out. Rows may
+            be shorter than the first.
+        palette: its colours; the ground is white.
+    """
+    columns = len(rows[0])
+    width, height = max(2.6 * columns + 0.9, 4.6), 3.0 * len(rows) + 0.6  # inches
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(textwrap.fill(heading, int(13 * width)), x=0.02, ha="left", color=palette.ink, fontsize=10)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, panels in zip(axes, rows, strict=True):
+        for axis, (title, matrix) in zip(row, panels, strict=False):
+            image = _heatmap(axis, matrix, palette, 1.0)
+            mean = f"mean {mean_off_diagonal(matrix):.3f}"
+            axis.set_title(f"{title}\n{mean}" if title else mean, loc="left", color=palette.ink, fontsize=9)
+            for side, name in ((axis.xaxis, "subspace j"), (axis.yaxis, "subspace i")):
+                side.set_label_text(name, color=palette.ink)
+                side.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+                side.set_major_formatter(FuncFormatter(lambda position, _: f"{position + 1:.0f}"))
+            axis.tick_params(colors=palette.ink, length=0, labelsize=8)
+        for axis in row[len(panels) :]:
+            axis.set_axis_off()
+    bar = _colour_bar(figure, image, list(axes.flat), palette, aspect=20 * len(rows))
+    bar.set_label("redundancy (0: none, 1: alike)", color=palette.ink)
+    return figure
+
+
+def _off_diagonal(matrix: Matrix) -> np.ndarray:
+    """A copy with NaN on the diagonal, which is drawn as the ground."""
+    values = np.array(matrix, dtype=np.float64)
+    np.fill_diagonal(values, np.nan)
+    return values
+
+
+def _heatmap(axis: Axes, matrix: Matrix, palette: Palette, greatest: float) -> AxesImage:
+    colours = LinearSegmentedColormap.from_list("redundancy", palette.ramp).with_extremes(bad=(0, 0, 0, 0))
+    for spine in axis.spines.values():
+        spine.set_color(palette.faint)
+    return axis.imshow(_off_diagonal(matrix), cmap=colours, vmin=0, vmax=greatest)
+
+
+def _colour_bar(
+    figure: Figure, image: AxesImage, axes: Sequence[Axes], palette: Palette, aspect: float = 20
+) -> Colorbar:
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.03, aspect=aspect)
+    cast(Patch, bar.outline).set_visible(False)
+    bar.ax.tick_params(colors=palette.ink, length=0)
+    return bar
 
 
 def to_svg(figure: Figure) -> bytes:
@@ -105,6 +159,13 @@ def to_svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "resora", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG at 150 dots an inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
 
 

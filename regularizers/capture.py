@@ -6,12 +6,12 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from regularizers.layers import LowRankLayer, Record, low_rank_layers
+from regularizers.layers import Record, low_rank_layers
 from regularizers.subspaces import Captured, Subspaces
 
 
@@ -42,8 +42,8 @@ def capture(
         layers: a regular expression; only layers whose name "<layer>.<role>" it is found in are recorded.
 
     Yields:
-        Captured: a dict "<layer>.<role>" -> Subspaces, filled while the model runs. The role is a target ("q") of this
-        suite's adapters, and the adapter's name ("default") for PEFT's.
+        Captured: a dict "<layer>.<role>" -> Subspaces, filled when the context is left. The role is a target
+        ("q") of this suite's adapters, and the adapter's name ("default") for PEFT's.
 
     Raises:
         ValueError: if the model holds no layer to capture, is compiled, or is checkpointed in the reentrant mode.
@@ -55,22 +55,52 @@ def capture(
     if not found:
         raise ValueError(f"{type(model).__name__} holds no low-rank layer: inject an adapter such as LoRA first")
     pattern = layer_pattern(layers)
-    if layers is not None:
-        found = {name: layer for name, layer in found.items() if pattern.search(name) or _names(name, layer, pattern)}
-        if not found:
-            examples = ", ".join(list(low_rank_layers(model))[:3])
-            raise ValueError(f"layers={layers!r} is found in no low-rank layer; their names are {examples}, ...")
+    chosen = {name: [role for role in layer.roles if pattern.search(f"{name}.{role}")] for name, layer in found.items()}
+    if layers is not None and not any(chosen.values()):
+        names = [f"{name}.{role}" for name, layer in found.items() for role in layer.roles]
+        raise ValueError(
+            f"layers={layers!r} is found in no low-rank layer; their names are {', '.join(names[:3])}, ..."
+        )
     if on == "weights":
-        for name, layer in found.items():
-            for key, role in _names(name, layer, pattern).items():
-                captured[key] = Subspaces(*layer.weight_subspaces(role))
+        for name, roles in chosen.items():
+            captured |= {f"{name}.{role}": Subspaces(*found[name].weight_subspaces(role)) for role in roles}
         yield captured
         return
-    grad_enabled = torch.is_grad_enabled()
+    recordings: list[_Recording] = []
     with _attention_masks(model, found) as masks, ExitStack() as stack:
-        for name, layer in found.items():
-            stack.enter_context(layer.listen(_recorder(captured, name, masks, pattern, grad_enabled)))
+        for name, roles in chosen.items():
+            if roles:
+                record = _recorder(recordings, name, masks, grad_enabled=torch.is_grad_enabled())
+                stack.enter_context(found[name].listen(record, roles))
         yield captured
+    for recording in recordings:
+        activations = recording.samples(samples)
+        if (earlier := captured.get(recording.name)) is not None:
+            activations = torch.cat([earlier.activations, activations])
+        captured[recording.name] = Subspaces(activations, recording.basis)
+
+
+class _Recording(NamedTuple):
+    """One forward pass of one low-rank update, as the layer computed it."""
+
+    name: str
+    activations: Tensor
+    basis: Tensor
+    shape: torch.Size
+    scale: float
+    mask: Tensor | None
+
+    def samples(self, kind: str) -> Tensor:
+        """(N, r): one row for each real token, or for each item its mean over them."""
+        activations = self.activations if self.scale == 1.0 else self.activations * self.scale
+        if kind == "tokens" or len(self.shape) < 2:
+            rows = activations.reshape(-1, activations.shape[-1])
+            return rows if self.mask is None else rows[self.mask.reshape(-1).bool()]
+        items = activations.reshape(*self.shape, -1)
+        if self.mask is None:
+            return items.flatten(1, -2).mean(dim=1)
+        weight = self.mask.to(items.dtype)[..., None]
+        return (items * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def layer_pattern(layers: str | None) -> re.Pattern[str]:
@@ -97,41 +127,17 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _names(name: str, layer: LowRankLayer, pattern: re.Pattern[str]) -> dict[str, str]:
-    """{"<layer>.<role>": role} of the roles that the pattern is found in."""
-    return {f"{name}.{role}": role for role in layer.roles if pattern.search(f"{name}.{role}")}
-
-
-def _recorder(
-    captured: Captured, name: str, masks: list[Tensor], pattern: re.Pattern[str], grad_enabled: bool
-) -> Record:
-    def record(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
-        key = f"{name}.{role}"
-        if not pattern.search(key):
-            return
+def _recorder(recordings: list[_Recording], name: str, masks: list[Tensor], grad_enabled: bool) -> Record:
+    def record(role: str, activations: Tensor, basis: Tensor, shape: torch.Size, scale: float = 1.0) -> None:
         if grad_enabled and not torch.is_grad_enabled():
             raise ValueError(
                 f"{name} ran without a graph, as reentrant gradient checkpointing does: a penalty would have no "
                 "gradient. Use the other mode, gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         mask = next((mask for mask in reversed(masks) if mask.shape == shape), None)
-        if captured.samples == "mean" and len(shape) > 1:
-            activations = _mean(activations.view(*shape, -1), mask)
-        elif mask is not None:
-            activations = activations[mask.reshape(-1).bool()]
-        if (earlier := captured.get(key)) is not None:
-            activations = torch.cat([earlier.activations, activations])
-        captured[key] = Subspaces(activations, basis)
+        recordings.append(_Recording(f"{name}.{role}", activations, basis, shape, scale, mask))
 
     return record
-
-
-def _mean(activations: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the real tokens of each item: (B, ..., r) and perhaps a mask (B, L) -> (B, r)."""
-    if mask is None:
-        return activations.flatten(1, -2).mean(dim=1)
-    weight = mask.to(activations.dtype)[..., None]
-    return (activations * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 @contextmanager

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-Record = Callable[[str, Tensor, Tensor, torch.Size], None]
-"""Called with role, activations (N, r), basis (r, d_out) and the leading shape of the layer's input."""
+
+class Record(Protocol):
+    """What a layer calls in its forward pass.
+
+    It keeps its arguments and computes nothing: under gradient checkpointing, an operation that the second forward pass
+    does not repeat would be an error.
+    """
+
+    def __call__(self, role: str, activations: Tensor, basis: Tensor, shape: torch.Size, scale: float = 1.0) -> None:
+        """activations (..., r) without `scale`, basis (r, d_out), and the leading shape of the layer's input."""
+        ...
 
 
 class LowRankLayer(Protocol):
@@ -23,8 +32,8 @@ class LowRankLayer(Protocol):
         """activations (d_in, r) and basis (r, d_out) of the update's weight, with their graph."""
         ...
 
-    def listen(self, record: Record) -> Any:
-        """A context in which each forward pass calls `record` for each update that it applies."""
+    def listen(self, record: Record, roles: Collection[str]) -> AbstractContextManager[None]:
+        """A context in which each forward pass calls `record` for each of `roles` that it applies."""
         ...
 
 
@@ -59,10 +68,15 @@ class OwnLayer:
         return pair
 
     @contextmanager
-    def listen(self, record: Record) -> Iterator[None]:
+    def listen(self, record: Record, roles: Collection[str]) -> Iterator[None]:
         if self.module.record is not None:
             raise RuntimeError(f"{self.name} is being captured already: leave the outer capture(model) first")
-        self.module.record = record
+
+        def keep(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
+            if role in roles:
+                record(role, activations, basis, shape)
+
+        self.module.record = keep
         try:
             yield
         finally:
@@ -80,39 +94,34 @@ class PeftLayer:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The adapters that are switched on.
-
-        Raises:
-            ValueError: for an adapter whose update is not a sum of the rank-1 parts of `lora_A` and `lora_B`.
-        """
-        module = self.module
-        if module.disable_adapters or module.merged:
-            return ()
-        active = [adapter for adapter in module.active_adapters if adapter in module.r]
-        for adapter in active:
-            if adapter in module.lora_variant:
-                kind = type(module.lora_variant[adapter]).__name__
-                raise self._cannot(f"adapter {adapter!r} is a LoRA variant ({kind}), whose update has another form")
-            if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
-                raise self._cannot(f"it adapts {type(module.get_base_layer()).__name__}, not a linear layer")
-        return tuple(active)
-
-    def _cannot(self, why: str) -> ValueError:
-        return ValueError(f"cannot capture {self.name}: {why}; leave it out with capture(model, layers=PATTERN)")
+        """The active adapters that this layer has."""
+        return tuple(adapter for adapter in self.module.active_adapters if adapter in self.module.r)
 
     def weight_subspaces(self, role: str) -> tuple[Tensor, Tensor]:
+        self._check(role)
         return self.module.lora_A[role].weight.T * self.module.scaling[role], self.module.lora_B[role].weight.T
 
+    def _check(self, role: str) -> None:
+        """Raise ValueError for an adapter whose update is not a sum of the rank-1 parts of `lora_A` and `lora_B`."""
+        module, why = self.module, ""
+        if role in module.lora_variant:
+            why = f"adapter {role!r} is a LoRA variant ({type(module.lora_variant[role]).__name__})"
+        elif role not in module.lora_A or not isinstance(module.lora_A[role], nn.Linear):
+            why = f"it adapts {type(module.get_base_layer()).__name__}, not a linear layer"
+        if why:
+            raise ValueError(f"cannot capture {self.name}: {why}; leave it out with capture(model, layers=PATTERN)")
+
     @contextmanager
-    def listen(self, record: Record) -> Iterator[None]:
+    def listen(self, record: Record, roles: Collection[str]) -> Iterator[None]:
         def hook(role: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
             def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                activations = output.flatten(0, -2) * self.module.scaling[role]
-                record(role, activations, self.module.lora_B[role].weight.T, output.shape[:-1])
+                record(role, output, self.module.lora_B[role].weight.T, output.shape[:-1], self.module.scaling[role])
 
             return forward
 
-        handles = [self.module.lora_A[role].register_forward_hook(hook(role)) for role in self.roles]
+        for role in roles:
+            self._check(role)
+        handles = [self.module.lora_A[role].register_forward_hook(hook(role)) for role in roles]
         try:
             yield
         finally:

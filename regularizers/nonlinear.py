@@ -80,7 +80,7 @@ def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> Tensor:
 
 
 def _closed_gaps(values: Tensor, order: Tensor) -> Tensor:
-    """How far to move each of (r, N) values down, so that no gap between neighbours is wider than the kernel reaches."""
+    """How far to move each of (r, N) values down, so that no gap is wider than the kernel reaches."""
     gaps = values.gather(1, order).diff(dim=1)
     moved = torch.zeros_like(values)
     moved[:, 1:] = (gaps - REACH).clamp(min=0).cumsum(dim=1)

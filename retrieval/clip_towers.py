@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import adapters  # noqa: F401  (makes timm and open_clip importable beside a CPU-only torch)
-from retrieval.encoders import dinov2_small, minilm_folder
+from training.encoders import dinov2_small, minilm_folder
 
 if TYPE_CHECKING:
     from open_clip import CustomTextCLIP
@@ -27,7 +27,7 @@ def embedded_clip(
     retrieval is at chance until they are trained.
 
     Args:
-        cache: folder of the embedded encoders (`retrieval.encoders`).
+        cache: folder of the embedded encoders (`training.encoders`).
         image_size: side of a frame in pixels, a multiple of 14. 56 is fast.
         embed_dim: D, width of the shared space.
         context_length: tokens of a sentence at most, as a note to whoever tokenizes; the tower takes 512.

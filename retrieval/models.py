@@ -28,7 +28,7 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoTokenizer, BertModel
 
-    from retrieval.encoders import minilm
+    from training.encoders import minilm
 
     if name == "minilm":
         return minilm(cache)

@@ -6,7 +6,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,34 +22,57 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a hub; without it transformers would try
 
 
-def launch(main: Callable[[dict[str, Any]], None], name: str, help_text: str) -> None:
+def launch(
+    main: Callable[[dict[str, Any]], None],
+    name: str,
+    help_text: str,
+    *,
+    choices: Mapping[str, Iterable[str]] | None = None,
+) -> None:
     """Compose `conf/<name>.yaml` with the command line's overrides and call `main` with the plain nested configuration.
+
+    Commands share the folders of `conf`; `choices` names what fits this one, for each group where not everything does.
 
     `--multirun` and every other flag of Hydra work. What a user got wrong (ValueError, a missing file) is printed in
     one line and ends with exit code 2; anything else is a bug and keeps its stack trace.
     """
     arguments = sys.argv[1:]
+    known = groups(name, choices or {})
     if {"-h", "--help"} & set(arguments):
-        print(help_text.strip() + "\n\n" + _choices(name))
+        print(help_text.strip() + "\n\n" + _choices(known))
         return
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     sweep = {"-m", "--multirun"} & set(arguments)
+    if message := _unknown_choice(overrides, known):
+        sys.exit(message)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(config: DictConfig) -> None:
-        try:
+        with mistakes_in_one_line():  # here: around `run`, Hydra has printed a stack trace already
             main(plain(config))
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)  # here: around `run`, Hydra has printed a stack trace already
 
     try:
         if not sweep:
-            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-                plain(hydra.compose(name, overrides))
+            compose(name, overrides)
         run()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_explain(str(error), overrides, name))
+        sys.exit(_explain(str(error), overrides, name, known))
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Print what a user got wrong (ValueError, a missing file) in one line and end with exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compose(name: str, overrides: list[str]) -> dict[str, Any]:
+    """The configuration that a command would get from these overrides."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return plain(hydra.compose(name, overrides))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -57,31 +81,42 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def groups(name: str) -> dict[str, list[str]]:
-    """The configuration groups of a command and the choices in each, from its defaults list."""
+def groups(name: str, choices: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """The configuration groups of a command and the choices in each, from its defaults list; `choices` narrows them."""
     defaults = cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml")).defaults
     used = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
-    return {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in used}
+    found: dict[str, list[str]] = {}
+    for group in (group for group in used if not group.startswith("optional ")):  # those follow another group's choice
+        files = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        found[group] = [file for file in files if file in set(choices.get(group, files))]
+    return found
 
 
-def _choices(name: str) -> str:
-    lines = [f"  {group}={'|'.join(options)}" for group, options in groups(name).items()]
+def _choices(known: dict[str, list[str]]) -> str:
+    lines = [f"  {group}={'|'.join(options)}" for group, options in known.items()]
     return (
         "Groups:\n" + "\n".join(lines) + "\n\nEvery key of a group can be set: trainer.batch_size=64 adapter.rank=4 ..."
     )
 
 
-def _explain(message: str, overrides: list[str], name: str) -> str:
+def _unknown_choice(overrides: list[str], known: dict[str, list[str]]) -> str | None:
+    """The choice of a group that there is not, or not for this command, and the closest one that there is."""
+    for override in overrides:
+        group, _, values = override.partition("=")
+        for value in values.split(",") if group in known else []:  # commas: a sweep
+            if re.fullmatch(r"\w+", value) and value not in known[group]:
+                close = difflib.get_close_matches(value, known[group], n=1)
+                hint = f"; did you mean {group}={close[0]}?" if close else ";"
+                return f"error: unknown {group} {value!r}{hint} choose from {', '.join(known[group])}"
+    return None
+
+
+def _explain(message: str, overrides: list[str], name: str, known: dict[str, list[str]]) -> str:
     """The override that does not fit, and the closest one that would."""
-    known = groups(name)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         keys = _keys(plain(hydra.compose(name))) + list(known)
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key in known and value not in known[key]:
-            close = difflib.get_close_matches(value, known[key], n=1)
-            hint = f"; did you mean {key}={close[0]}?" if close else ";"
-            return f"error: unknown {key} {value!r}{hint} choose from {', '.join(known[key])}"
         if key not in keys:
             close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}={value}?" if close else "see --help"

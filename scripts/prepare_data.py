@@ -25,4 +25,4 @@ def main(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "prepare_data", __doc__ or "")
+    launch(main, "prepare_data", __doc__ or "", choices={"data": DATASETS})

@@ -15,26 +15,18 @@ from __future__ import annotations
 from typing import Any
 
 from command_line import launch
+from summary import print_summary
 
 from eval import render_table
+from retrieval.data import DATASETS
+from retrieval.models import MODELS
 from retrieval.train import train
 
 
 def main(config: dict[str, Any]) -> None:
     run = train(config)
-    metrics, described = run.read_json("metrics.json"), run.read_json("run.json")
-    trained, total = described["trained_parameters"], described["total_parameters"]
-    print(f"\n{render_table(metrics)}\n")
-    print(f"parameters trained  {trained:,} of {total:,} ({100 * trained / total:.1f} %),")
-    print(f"                    {described['adapter_parameters']:,} of them in the adapter")
-    if redundancy := metrics.get("redundancy"):
-        print(f"mean redundancy     {redundancy['before']:.3f} after the first stage")
-        print(f"                    {redundancy['after']:.3f} at the end")
-    print(
-        "time                " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in described["seconds"].items())
-    )
-    print(f"report              {run.path / 'report.html'}")
+    print_summary(run, render_table, f"report              {run.path / 'report.html'}")
 
 
 if __name__ == "__main__":
-    launch(main, "train_retrieval", __doc__ or "")
+    launch(main, "train_retrieval", __doc__ or "", choices={"data": DATASETS, "model": MODELS, "trainer": DATASETS})

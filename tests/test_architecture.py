@@ -16,7 +16,7 @@ BELOW = {
     "retrieval": {"training", "eval", "adapters", "regularizers"},
     "classification": {"training", "eval", "adapters", "regularizers"},
 }
-ONLY_IN = {"faiss": "eval/index.py", "hydra": "scripts/", "omegaconf": "scripts/"}
+ONLY_IN = {"faiss": "eval/index.py", "hydra": "scripts/", "omegaconf": "scripts/", "sklearn": "classification/data/"}
 
 
 def imported(path: Path) -> set[str]:

@@ -37,8 +37,8 @@ def choose_hardware(threads: int | None = None, precision: str | None = None) ->
         raise ValueError(f"threads is {threads}; expected at least 1, or null to measure")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}, or null to measure")
-    if torch.cuda.is_available():
-        fast = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if torch.accelerator.is_available():
+        fast = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
         return Hardware(threads or torch.get_num_threads(), precision or fast)
 
     def cost(count: int, name: str) -> float:

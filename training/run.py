@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "numpy", "decord", "av")
+PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "numpy", "decord", "av", "scikit-learn")
 FINISHED = "metrics.json"
 
 
@@ -58,6 +59,39 @@ class RunFolder:
         """Check the configuration and write it down."""
         self.check(config)
         self.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+    def adopt_stage(self, stage: str, source: Path, config: Mapping[str, Any]) -> None:
+        """Take over a stage that another run has trained already; nothing happens where this run has trained it.
+
+        Args:
+            stage: the first stage, which does not regularize.
+            source: folder of the other run, which asked for the same up to there: all but the regularizer and later
+                stages has to be equal.
+            config: of this run.
+
+        Raises:
+            FileNotFoundError: if the other run has not finished the stage.
+            ValueError: if the two runs differ in more than what comes after it.
+        """
+        folder, theirs = self.path / "checkpoints" / stage, source / "checkpoints" / stage
+        if (folder / "history.json").is_file():
+            return
+        if not (theirs / "history.json").is_file():
+            raise FileNotFoundError(f"start_from={source}: expected a run folder that has finished its stage {stage!r}")
+        later = tuple(f"trainer.stages.{name}." for name in config["trainer"]["stages"] if name != stage)
+        free = ("regularizer.", "start_from", "runs", *later)
+        earlier, now = flatten(yaml.safe_load((source / "config.yaml").read_text())), flatten(config)
+        keys = [key for key in sorted(earlier.keys() | now.keys()) if not key.startswith(free)]
+        if different := [key for key in keys if earlier.get(key) != now.get(key)]:
+            changes = ", ".join(f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} here" for key in different)
+            raise ValueError(f"start_from={source} was trained in another way ({changes})")
+        if config["trainer"]["stages"][stage]["regularize"]:
+            raise ValueError(f"start_from needs a first stage without the regularizer; stage {stage!r} regularizes")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (*theirs.glob("*.safetensors"), theirs / "history.json"):  # the history says that it is complete
+            partial = folder / (path.name + ".partial")
+            shutil.copyfile(path, partial)
+            os.replace(partial, folder / path.name)
 
     def write_text(self, name: str, text: str) -> Path:
         path = self.path / name

@@ -1,11 +1,13 @@
 """Train in stages: first the adapter alone, then on with the redundancy penalty (section 4.2 of the paper).
 
-Each stage starts from the weights of the one before with a fresh optimiser and schedule; the paper does not say
-whether its second stage does. A stage that is done is not trained again, and a killed one goes on from its last epoch.
+Each stage starts from the weights of the one before, by default with a fresh optimiser and schedule; the paper does not
+say whether its second stage does. A stage that is done is not trained again, and a killed one goes on from its last
+epoch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
 from adapters import load, save
 from regularizers import ReSoRA
@@ -41,11 +49,13 @@ class Recipe:
 
     Args:
         stages: in order.
-        batch_size: pairs a step; an incomplete last batch of an epoch is dropped.
+        batch_size: items a step (pairs, in retrieval); an incomplete last batch of an epoch is dropped.
         rates: peak learning rates.
         warmup: share of a stage's steps with a rising learning rate, before a cosine decay to zero.
         max_grad_norm: global norm to which gradients are clipped.
-        selection: keep the weights of the "last" epoch of a stage, or of the epoch with the best "validation" Rsum.
+        selection: keep the weights of the "last" epoch of a stage, or of the epoch that is best on "validation".
+        restart: give each stage a fresh optimiser and schedule; otherwise the optimiser's state goes on and one
+            schedule spans all stages.
         workers: processes that load data; 0 loads in the training process.
         report_to: loggers of `transformers.Trainer`, such as "tensorboard" or "wandb".
 
@@ -59,6 +69,7 @@ class Recipe:
     warmup: float = 0.1
     max_grad_norm: float = 2.0
     selection: str = "last"
+    restart: bool = True
     workers: int = 0
     report_to: tuple[str, ...] = ()
 
@@ -75,6 +86,11 @@ class Recipe:
             )
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
+        if not self.restart and self.selection != "last":
+            raise ValueError(
+                "restart=False goes on with the optimiser of a stage's last epoch, and selection=validation with the "
+                "weights of another one; use selection=last"
+            )
 
 
 def run_stages(
@@ -90,12 +106,15 @@ def run_stages(
     regularizer: ReSoRA | None,
     hardware: Hardware,
     seed: int,
+    metric: str = "Rsum",
     after_stage: Callable[[Stage, nn.Module], None] = lambda stage, model: None,
 ) -> None:
     """Train `model`, which holds its adapter, through the stages of `recipe`, in place.
 
     Checkpoints and the weights after each stage go to `<run>/checkpoints/<stage>/`, the log of all stages to
-    `<run>/log.jsonl`. `after_stage` is called after each stage, whether it was trained now or before.
+    `<run>/log.jsonl`. `metric`, as people write it, is shown after each epoch and maximised where validation selects;
+    the evaluator's key is its lower case. `after_stage` is called after each stage, whether it was trained now or
+    before.
 
     Raises:
         ValueError: if the data has fewer items than one batch.
@@ -110,10 +129,10 @@ def run_stages(
         if history is None:
             trainer = AdapterTrainer(
                 model=model,
-                args=_arguments(stage, recipe, hardware, str(folder), seed + 1000 * index),
+                args=_arguments(stage, recipe, hardware, str(folder), seed + 1000 * index, metric.lower()),
                 train_dataset=dataset,
                 data_collator=collate,
-                optimizers=(adamw(model, recipe.rates, heads), None),
+                optimizers=_optimizer(model, recipe, heads, index, items, run),
                 objective=objective,
                 regularizer=regularizer if stage.regularize else None,
                 evaluator=evaluator,
@@ -121,7 +140,7 @@ def run_stages(
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(_Progress(stage.name))
+            trainer.add_callback(_Progress(stage.name, metric))
             trainer.add_callback(_WriteLog(run, list(records), stage.name))
             checkpoint = latest_checkpoint(folder)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -136,7 +155,30 @@ def run_stages(
     run.write_lines("log.jsonl", records)
 
 
-def _arguments(stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: int) -> TrainingArguments:
+def _optimizer(
+    model: nn.Module, recipe: Recipe, heads: tuple[str, ...], index: int, items: int, run: RunFolder
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR | None]:
+    """AdamW and its schedule for stage `index`; None lets the Trainer make a schedule of its own for the stage."""
+    optimizer = adamw(model, recipe.rates, heads)
+    if recipe.restart:
+        return optimizer, None
+    steps = items // (recipe.batch_size * int(os.environ.get("WORLD_SIZE", "1")))
+    done, total = (steps * sum(stage.epochs for stage in stages) for stages in (recipe.stages[:index], recipe.stages))
+    if index:
+        before = latest_checkpoint(run.path / "checkpoints" / recipe.stages[index - 1].name)
+        if before is None:
+            raise FileNotFoundError(
+                f"{run.path} holds no checkpoint of stage {recipe.stages[index - 1].name!r} to go on from with "
+                "restart=False (start_from takes weights alone); use trainer.restart=true, or train both stages here"
+            )
+        optimizer.load_state_dict(torch.load(before / "optimizer.pt", weights_only=True))
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * total), total, last_epoch=done - 1)
+    return optimizer, schedule
+
+
+def _arguments(
+    stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: int, metric: str
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=stage.epochs,
@@ -148,12 +190,13 @@ def _arguments(stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, se
         warmup_steps=recipe.warmup,
         max_grad_norm=recipe.max_grad_norm,
         bf16=hardware.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bfloat16 without an accelerator
         logging_steps=5,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2 if recipe.selection == "validation" else 1,
         load_best_model_at_end=recipe.selection == "validation",
-        metric_for_best_model="rsum",
+        metric_for_best_model=metric,
         greater_is_better=True,
         remove_unused_columns=False,
         label_names=[],
@@ -190,8 +233,8 @@ class _WriteLog(TrainerCallback):
 class _Progress(TrainerCallback):
     """One bar a stage, with the loss beside it and a line for each validation."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, metric: str) -> None:
+        self.stage, self.metric = stage, metric
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -206,8 +249,8 @@ class _Progress(TrainerCallback):
         if self.bar is None:
             return
         logs: dict[str, float] = kwargs["logs"]
-        if "eval_rsum" in logs:
-            self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: validation Rsum {logs['eval_rsum']:.1f}")
+        if (score := logs.get(f"eval_{self.metric.lower()}")) is not None:
+            self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: validation {self.metric} {score:.1f}")
         elif parts := {key.removeprefix("part_"): value for key, value in logs.items() if key.startswith("part_")}:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items()}, refresh=False)
 

@@ -11,13 +11,36 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters import load, save
-from regularizers import ReSoRA, capture
+from regularizers import ReSoRA
+from training.plugin import ReSoRAMixin
 
 WEIGHTS = "adapter.safetensors"
 LAST_WRITTEN = "trainer_state.json"  # of a checkpoint: where it is missing, the writer was killed
 
 
-class AdapterTrainer(Trainer):
+class ObjectiveTrainer(Trainer):
+    """A `transformers.Trainer` whose loss is a function of the model's outputs: named parts, which are summed."""
+
+    objective: Callable[[Any, float], Mapping[str, Tensor]]
+    first_epoch: int
+    note: Callable[[dict[str, Tensor]], None]
+    loss_is_scaled_for_ga = False  # an objective is a mean over the batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0)))
+        self.note(parts)
+        loss = torch.stack([part.float() for part in parts.values()]).sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
     """A `transformers.Trainer` for adapters: resume, mixed precision, DDP, accumulation and loggers are its own.
 
     Args:
@@ -29,6 +52,8 @@ class AdapterTrainer(Trainer):
         kwargs: as of `transformers.Trainer`.
     """
 
+    part_prefix = "part_"
+
     def __init__(
         self,
         *,
@@ -39,46 +64,22 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
-        super().__init__(eval_dataset=None if evaluator is None else [], **kwargs)
-        self.objective: Callable[[Any, float], Mapping[str, Tensor]] = objective
-        self.regularizer, self.evaluator, self.first_epoch = regularizer, evaluator, first_epoch
-        self._parts: dict[str, Tensor] = {}
-        self._batches = 0
+        super().__init__(regularizer=regularizer, eval_dataset=None if evaluator is None else [], **kwargs)
+        self.objective = objective
+        self.evaluator, self.first_epoch = evaluator, first_epoch
         self.add_callback(_Epochs(self.train_dataset, first_epoch))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        penalties: dict[str, Tensor] = {}
-        if self.regularizer is None:
-            outputs = model(**inputs)
-        else:
-            with capture(model) as subspaces:  # left before backward: gradient checkpointing runs the forward again
-                outputs = model(**inputs)
-            penalties = self.regularizer(subspaces)
-        parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0))) | penalties
-        loss = torch.stack([part.float() for part in parts.values()]).sum()
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The objective plus the penalty; raises FloatingPointError, with the parts, where it is not finite."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {float(part.detach())}" for name, part in parts.items())
+            values = ", ".join(f"{name} {float(parts[-1])}" for name, parts in self._noted.items())
             raise FloatingPointError(
                 f"the loss at step {self.state.global_step} is not finite: {values}; lower the learning rate, "
                 "or train in float32 (trainer.precision=float32)"
             )
-        for name, part in parts.items():
-            self._parts[name] = self._parts.get(name, 0.0) + part.detach()
-        self._batches += 1
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the base class does, with the mean of each part of the loss since the last time."""
-        if "loss" in logs and self._batches:
-            logs |= {f"part_{name}": float(total) / self._batches for name, total in self._parts.items()}
-            self._parts, self._batches = {}, 0
-        super().log(logs, start_time)
+        return result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Run the evaluator on the unwrapped model and log its metrics."""

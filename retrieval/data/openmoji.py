@@ -30,7 +30,7 @@ from retrieval.data.emoji_concepts import concepts
 from retrieval.data.precomputed import read_precomputed, write_precomputed
 from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import Scene, describe, draw, sample_scenes
-from retrieval.encoders import efficientnet_lite0
+from training.encoders import efficientnet_lite0
 
 DIMENSIONS = 384  # of the region features; EfficientNet-Lite0's own 1,280 make training two to three times slower
 

@@ -34,9 +34,7 @@ def equation_7(activations: Tensor, basis: Tensor, transposed: bool = False) -> 
     """dH_i is (d_out, N); transposed: (N, d_out)."""
     h = features(activations, basis)
     h = h if transposed else h.transpose(1, 2)
-    terms = [
-        (h[i] @ h[j].T).norm() ** 2 / ((h[i] @ h[i].T).norm() * (h[j] @ h[j].T).norm()) for i, j in pairs(len(h))
-    ]
+    terms = [(h[i] @ h[j].T).norm() ** 2 / ((h[i] @ h[i].T).norm() * (h[j] @ h[j].T).norm()) for i, j in pairs(len(h))]
     return sum(terms, activations.new_zeros(()))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrieval.batch import Augmentation, Captions, TrainingPairs, collate_text
-from retrieval.encoders import minilm
+from training.encoders import minilm
 
 CAPTIONS = [
     "a fuel pump to the left of a microscope",

@@ -245,7 +245,7 @@ def test_text_towers_of_a_hub_are_refused() -> None:
 
 
 def test_embedded_clip_is_its_two_towers(cache: Path) -> None:
-    from retrieval.encoders import dinov2_small, minilm
+    from training.encoders import dinov2_small, minilm
 
     torch.manual_seed(0)
     clip, tokenizer = embedded_clip(cache, image_size=56)

@@ -16,7 +16,7 @@ from retrieval.data.openmoji import OpenMojiScenes
 from retrieval.data.precomputed import read_precomputed, write_precomputed
 from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import OPPOSITE, SIDES, Scene, describe, draw, sample_scenes
-from retrieval.encoders import efficientnet_lite0
+from training.encoders import efficientnet_lite0
 
 TINY = {"scenes": (10, 3, 2), "size": 192, "seed": 1}
 

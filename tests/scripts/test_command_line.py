@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("train_retrieval", "prepare_data", "evaluate")
+COMMANDS = ("train_retrieval", "train_classification", "prepare_data", "evaluate")
 
 
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -26,12 +26,23 @@ def test_help_shows_two_examples_of_the_command(command: str) -> None:
     assert len(examples) >= 2
 
 
+def test_help_offers_what_fits_the_command() -> None:
+    retrieval, classification = run("train_retrieval", "--help").stdout, run("train_classification", "--help").stdout
+    assert "data=openmoji|openmoji_clips\n" in retrieval and "model=clip4clip|vse_infty\n" in retrieval
+    assert "data=digits\n" in classification and "model=dinov2_small\n" in classification
+    for shared in ("  adapter=", "  regularizer="):
+        both = [[line for line in text.splitlines() if line.startswith(shared)] for text in (retrieval, classification)]
+        assert both[0] == both[1] and len(both[0]) == 1
+    assert "digits" not in retrieval and "vit" not in classification.partition("Groups:")[2]
+
+
 @pytest.mark.parametrize(
     ("argument", "hint"),
     [
         ("adapter=loar", "did you mean adapter=lora?"),
         ("regularizer=liner", "did you mean regularizer=linear?"),
         ("trainer.batchsize=3", "did you mean trainer.batch_size=3?"),
+        ("data=digits", "unknown data 'digits'; choose from openmoji, openmoji_clips"),
         ("adaptor=lora", "did you mean adapter=lora?"),
         ("adapter.rank=0", "rank >= 1"),
         ("adapter=full", "use regularizer=none"),

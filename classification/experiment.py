@@ -1,0 +1,27 @@
+"""One run of classification fine-tuning, as plain validated values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from classification.data import DATASETS
+from classification.models import MODELS
+from training import BaseExperiment, shared_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(BaseExperiment):
+    """What to train on what, and how. Made from the nested mapping that `config.yaml` of a run holds."""
+
+    task: ClassVar[str] = "classification"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Experiment:
+        """Validate a configuration before any work begins.
+
+        Raises:
+            ValueError: for a name or value that does not exist; the message says what does.
+        """
+        return cls(**shared_settings(config, datasets=DATASETS, models=MODELS))

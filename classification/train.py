@@ -1,0 +1,106 @@
+"""Fine-tune a classification model and leave a run folder: data -> model with adapter -> stages -> metrics."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import default_collate
+
+from adapters import adapter_parameters, save
+from classification.assemble import assemble
+from classification.data import SPLITS, ClassificationDataset
+from classification.evaluate import evaluate
+from classification.experiment import Experiment
+from eval import chance_accuracy
+from regularizers import Subspaces
+from training import RunFolder, Stage, run_stages
+from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
+
+
+def train(config: Mapping[str, Any]) -> RunFolder:
+    """Train and evaluate one experiment; a finished one is left as it is, a killed one goes on.
+
+    Args:
+        config: nested mapping with the groups data, model, adapter, regularizer, trainer (see `scripts/conf`).
+
+    Returns:
+        The run's folder, with metrics.json and adapter.safetensors.
+
+    Raises:
+        ValueError: for a bad configuration, before training starts.
+    """
+    experiment = Experiment.of(config)
+    run = RunFolder.of(experiment.runs, *experiment.levels)
+    run.check(config)
+    if run.finished:
+        return run
+
+    with clock(run, "load data and encoder"):
+        data, splits, model = assemble(experiment)
+    run.begin(config)
+    if experiment.start_from:
+        run.adopt_stage(experiment.recipe.stages[0].name, experiment.start_from, config)
+    hardware = describe(
+        run,
+        experiment,
+        model,
+        data={
+            "fingerprint": _fingerprint(data),
+            "images": {name: len(split) for name, split in splits.items()},
+        },
+        preprocessing=data.preprocessing,
+        metric="accuracy",
+        frozen_elsewhere=model.frozen_parameters,
+    )
+    torch.set_num_threads(hardware.threads)
+    validation, precision = splits["validation"], hardware.precision
+    probed: list[dict[str, Subspaces]] = []
+
+    def after_stage(stage: Stage, trained: nn.Module) -> None:
+        if adapter_parameters(trained):
+            device = next(trained.parameters()).device
+            probed.append(subspaces_on(model, {"tokens": validation.tokens[:PROBE].to(device)}))
+
+    with clock(run, "train"):
+        run_stages(
+            model,
+            experiment.recipe,
+            run,
+            dataset=splits["train"],
+            collate=default_collate,
+            objective=cross_entropy,
+            evaluator=lambda trained: evaluate(model, validation, precision=precision),
+            metric="accuracy",
+            heads=model.heads,
+            regularizer=experiment.regularizer,
+            hardware=hardware,
+            seed=experiment.seed,
+            after_stage=after_stage,
+        )
+    save(model, run.path / "adapter.safetensors")
+
+    with clock(run, "evaluate"):
+        ends = ("validation", "test")
+        metrics: dict[str, Any] = {name: evaluate(model, splits[name], precision=precision) for name in ends}
+        metrics["chance"] = {name: chance_accuracy(len(data.classes)) for name in ends}
+        metrics |= record_redundancy(run, probed)
+    run.write_json("metrics.json", metrics)
+    return run
+
+
+def cross_entropy(outputs: Mapping[str, Tensor], epoch: float) -> dict[str, Tensor]:
+    """What the model returns -> its loss by name; the epoch does not matter."""
+    return {"cross_entropy": functional.cross_entropy(outputs["logits"].float(), outputs["labels"])}
+
+
+def _fingerprint(data: ClassificationDataset) -> str:
+    """SHA-256 over the data and which image is in which split."""
+    digest = hashlib.sha256(data.fingerprint.encode())
+    for split in SPLITS:
+        digest.update(f"{split} {data.splits[split].tolist()}".encode())
+    return digest.hexdigest()

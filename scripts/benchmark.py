@@ -1,0 +1,59 @@
+"""Measure what the parts of this suite cost on this machine, and write docs/benchmarks.
+
+python scripts/benchmark.py regularizers
+python scripts/benchmark.py regularizers --batch 8 --pairs 31 --threads 1
+python scripts/benchmark.py regularizers --measures linear --output /tmp/benchmarks
+
+Times are ratios of neighbouring runs; still, give it a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import adapters  # noqa: F401  (before timm)
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = vars(_parser().parse_args(arguments))
+    subject = options.pop("subject")
+    assert subject == "regularizers"
+    import benchmarks.regularizers as regularizers
+
+    try:
+        settings = regularizers.Settings(**options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    regularizers.run(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    import torch
+
+    from regularizers import REGULARIZERS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="subject")
+    add = subjects.add_parser(
+        "regularizers",
+        help="Table 6 of the ReSoRA paper: time, memory and FLOPs that each penalty adds to a step of ViT-B/16",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("--batch", type=int, default=4, help="images in a step; N = 197 samples each at 224 px")
+    add("--naive-batch", type=int, default=1, help="images in a step with an equation as printed, for its memory")
+    add("--pairs", type=int, default=15, help="steps with and without the penalty, for each row")
+    add("--threads", type=int, default=torch.get_num_threads(), help="compute threads")
+    add("--measures", nargs="+", choices=REGULARIZERS, default=tuple(REGULARIZERS), metavar="MEASURE", help="rows")
+    add("--samples", nargs="+", type=int, default=(1576, 6304, 25216), help="of the nonlinear measure on its own")
+    add("--model", default="vit_base_patch16_224", help="a timm ViT")
+    add("--image-size", type=int, default=224, help="pixels")
+    add("--output", type=Path, default=DOCS, help="folder for regularizers.md and regularizers.json")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Table 6 of the ReSoRA paper on this machine: what each regularizer adds to a training step of ViT-B/16."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from datetime import date
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from adapters import ADAPTERS
+from benchmarks.measure import count, paired_ratios
+from benchmarks.naive_equations import NAIVE
+from benchmarks.regularizers_page import page
+from benchmarks.training_step import TrainingStep, account, has_subspaces, penalty
+from regularizers import REGULARIZERS
+
+FEW_PAIRS = 5  # for the equations as printed: slow, and far enough from 1
+WARM_UP = 2
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run; see `scripts/benchmark.py regularizers --help`."""
+
+    batch: int = 4
+    naive_batch: int = 1
+    pairs: int = 15
+    threads: int
+    model: str = "vit_base_patch16_224"
+    image_size: int = 224
+    measures: tuple[str, ...] = tuple(REGULARIZERS)
+    samples: tuple[int, ...] = (1576, 6304, 25216)
+    output: Path
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "naive_batch", "pairs", "threads", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if unknown := set(self.measures) - set(REGULARIZERS):
+            raise ValueError(f"unknown measure {min(unknown)!r}; choose from {', '.join(REGULARIZERS)}")
+        if min(self.samples) < 2:
+            raise ValueError(f"samples are {self.samples}; expected at least 2 each")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training step: an adapter, a penalty ("" none, "linear" a closed form, "Eq. 7" as printed), images."""
+
+    adapter: str
+    penalty: str
+    batch: int
+
+    @property
+    def reference(self) -> Row:
+        """What its costs are divided by: its adapter without a penalty; LoRA for full fine-tuning."""
+        return Row("lora" if self.adapter == "full" else self.adapter, "", self.batch)
+
+    @property
+    def label(self) -> str:
+        adapter = {"full": "Full", "lora": "LoRA", "dtl": "DTL"}[self.adapter]
+        return f"{adapter} + {self.penalty}" if self.penalty else adapter
+
+
+def rows(settings: Settings) -> list[Row]:
+    """The rows of the table, each reference before what refers to it."""
+    measures = settings.measures
+    found = [Row("full", "", settings.batch), Row("lora", "", settings.batch)]
+    found += [Row("lora", measure, settings.batch) for measure in measures]
+    if "dtl" not in ADAPTERS:
+        print("DTL is left out: ADAPTERS has no 'dtl'")
+    else:
+        found += [Row("dtl", "", settings.batch)]
+        if has_subspaces("dtl", settings.model, settings.image_size):
+            found += [Row("dtl", measure, settings.batch) for measure in measures]
+        else:
+            print("DTL is measured without a penalty: it shows no subspaces to capture")
+    printed = [NAIVE[measure][0] for measure in measures if measure in NAIVE]
+    return found + [row for name in ["", *printed] if (row := Row("lora", name, settings.naive_batch)) not in found]
+
+
+def run(settings: Settings) -> None:
+    """Measure, print the page and write it with the raw numbers beside it."""
+    torch.set_num_threads(settings.threads)
+    table = rows(settings)
+    results: dict[str, Any] = {"settings": described(settings), "rows": [], "growth": []}
+    options = (settings.model, settings.image_size, settings.threads)
+    counts = {row: in_fresh_process(account, astuple(row), *options) for row in tqdm(table, desc="count", unit="row")}
+    ratios = time_rows(table, settings)
+    for row in table:
+        exact, resident = counts[row]
+        exact_reference, resident_reference = counts[row.reference]
+        results["rows"].append(
+            {
+                **asdict(row),
+                "label": row.label,
+                "counts": asdict(exact) | {"resident_bytes": resident},
+                "reference": asdict(exact_reference) | {"resident_bytes": resident_reference},
+                "time_ratios": ratios.get(row, []),
+            }
+        )
+    results["growth"] = growth(settings)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    text = page(results)
+    print(f"\n{text}")
+    (settings.output / "regularizers.md").write_text(text, encoding="utf-8")
+    (settings.output / "regularizers.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {settings.output}/regularizers.md and .json")
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a new interpreter whose resident memory follows what is in use.
+
+    By default glibc keeps freed memory for later, more or less of it from run to run; others ignore the variable.
+    """
+    with (
+        _environment(MALLOC_MMAP_THRESHOLD_="65536"),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
+    ):
+        return process.submit(function, *arguments).result()
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def time_rows(table: list[Row], settings: Settings) -> dict[Row, list[float]]:
+    """For each row with a penalty, the ratios of paired steps: with the penalty over without, same model and batch."""
+    timed = [row for row in table if row.penalty]
+    pairs = {
+        row: min(settings.pairs, FEW_PAIRS) if row.penalty not in REGULARIZERS else settings.pairs for row in timed
+    }
+    ratios: dict[Row, list[float]] = {}
+    with tqdm(total=sum(pairs.values()) + WARM_UP * len(timed), desc="time", unit="pair") as bar:
+        for reference in dict.fromkeys(row.reference for row in timed):
+            step = TrainingStep(reference.adapter, reference.batch, settings.model, settings.image_size)
+            for row in [row for row in timed if row.reference == reference]:
+                bar.set_postfix_str(row.label)
+                gc.collect()
+                penalised = partial(step.run, penalty(row.penalty))
+                ratios[row] = paired_ratios(step.run, penalised, pairs[row], warm_up=WARM_UP, progress=bar.update)
+    return ratios
+
+
+def growth(settings: Settings, rank: int = 8, width: int = 768) -> list[dict[str, Any]]:
+    """The nonlinear measure, value and gradient, against the number of samples; Eq. 8 as printed at the smallest."""
+    sizes = sorted(settings.samples)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(sizes[-1], rank, generator=generator)
+    basis = torch.randn(rank, width, generator=generator)
+    printed, equation_8 = NAIVE["nonlinear"]
+    forms = [("nonlinear", REGULARIZERS["nonlinear"], size) for size in sizes] + [(printed, equation_8, sizes[0])]
+
+    def evaluate(function: Callable[..., Tensor], samples: Tensor) -> None:
+        torch.autograd.grad(function(samples, basis), samples)
+
+    found: list[dict[str, Any]] = []
+    for form, function, size in tqdm(forms, desc="growth", unit="size"):
+        smallest, samples = (drawn[:length].clone().requires_grad_() for length in (sizes[0], size))
+        counts = count(
+            partial(function, samples, basis), partial(torch.autograd.grad, inputs=samples), alive=[samples, basis]
+        )
+        times = []
+        if found:  # all but the first, which is what they are relative to
+            pairs = settings.pairs if form == "nonlinear" else min(settings.pairs, FEW_PAIRS)
+            first = partial(evaluate, REGULARIZERS["nonlinear"], smallest)
+            times = paired_ratios(first, partial(evaluate, function, samples), pairs, warm_up=WARM_UP)
+        found.append({"form": form, "samples": size, "counts": asdict(counts), "time_ratios": times})
+    return found
+
+
+def described(settings: Settings) -> Mapping[str, Any]:
+    """The settings, and the machine and versions that they ran on."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+    )
+    return {
+        **asdict(settings),
+        "output": str(settings.output),
+        "few_pairs": min(FEW_PAIRS, settings.pairs),
+        "warm_up": WARM_UP,
+        "command": f"python {shlex.join(sys.argv)}",
+        "date": date.today().isoformat(),
+        "processor": model or platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []

@@ -1,0 +1,103 @@
+"""One training step of an adapted ViT, with or without a penalty: what the rows of Table 6 measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters import ADAPTERS, LoRA, inject
+from benchmarks.measure import Counts, count, resident_peak
+from benchmarks.naive_equations import NAIVE
+from regularizers import Captured, ReSoRA, capture
+
+Penalty = Callable[[Captured], Tensor]
+WEIGHT = 1e-2
+
+
+def penalty(name: str) -> Penalty | None:
+    """By name: a closed form ("linear"), an equation as printed ("Eq. 7"), or none ("")."""
+    printed = dict(NAIVE.values())
+    if not name:
+        return None
+    if name in printed:
+        return lambda subspaces: WEIGHT * torch.stack([printed[name](*pair) for pair in subspaces.values()]).mean()
+    resora = ReSoRA(name, weight=WEIGHT)
+    return lambda subspaces: torch.stack(list(resora(subspaces).values())).sum()
+
+
+def adapted(adapter: str, model: str, image_size: int) -> nn.Module:
+    """A timm ViT with random weights and 100 classes, an adapter in it, its head trained."""
+    backbone = timm.create_model(model, num_classes=100, img_size=image_size)
+    method = LoRA(rank=8, alpha=8, targets=("q", "k", "v")) if adapter == "lora" else ADAPTERS[adapter]()
+    return inject(backbone, method, train=("head",))
+
+
+def has_subspaces(adapter: str, model: str, image_size: int) -> bool:
+    """Whether the adapter shows something to capture, and so to penalise."""
+    try:
+        with capture(adapted(adapter, model, image_size)):
+            return True
+    except ValueError:
+        return False
+
+
+class TrainingStep:
+    """A ViT with random weights, an adapter, its head trained, AdamW, and one batch of noise; float32.
+
+    Args:
+        adapter: a name in `ADAPTERS`, with its defaults; "lora" has rank 8 on q, k and v, as in the paper.
+        batch: images.
+        model: name of a timm ViT.
+        image_size: pixels; (image_size / patch)^2 + 1 tokens an image.
+    """
+
+    def __init__(self, adapter: str, batch: int, model: str, image_size: int) -> None:
+        torch.manual_seed(0)
+        self.model = adapted(adapter, model, image_size).train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        self.images = torch.randn(batch, 3, image_size, image_size)
+        self.labels = torch.randint(100, (batch,))
+        self.run()  # AdamW makes its state, and B leaves zero, where Eq. 6 and 7 as printed are 0 / 0
+
+    def loss(self, penalty: Penalty | None = None) -> Tensor:
+        if penalty is None:
+            return F.cross_entropy(self.model(self.images), self.labels)
+        with capture(self.model) as subspaces:
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        return loss + penalty(subspaces)
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def run(self, penalty: Penalty | None = None) -> None:
+        self.update(self.loss(penalty))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is alive between two steps."""
+        yield from (*self.model.parameters(), *self.model.buffers(), self.images, self.labels)
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def account(row: tuple[str, str, int], model: str, image_size: int, threads: int) -> tuple[Counts, int]:
+    """Counts of one step, and the resident bytes at its peak, less those of the libraries.
+
+    To be called in a fresh process: a peak never goes down.
+
+    Args:
+        row: adapter, penalty and batch.
+    """
+    torch.set_num_threads(threads)
+    libraries = resident_peak()
+    adapter, name, batch = row
+    step, measure = TrainingStep(adapter, batch, model, image_size), penalty(name)
+    step.run(measure)
+    resident = resident_peak() - libraries
+    return count(lambda: step.loss(measure), step.update, step.tensors()), resident

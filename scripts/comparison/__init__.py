@@ -1,0 +1,1 @@
+"""Does the regularizer help? What is run (plan), how (execute), and the page that it becomes (page)."""

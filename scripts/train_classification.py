@@ -1,0 +1,37 @@
+"""Fine-tune a classification model and evaluate it: one run folder with the adapter and the metrics.
+
+    python scripts/train_classification.py data=digits model=dinov2_small adapter=lora regularizer=linear seed=0
+    python scripts/train_classification.py data.train_images=400 adapter=linear regularizer=none
+
+A sweep, one run folder each:
+
+    python scripts/train_classification.py --multirun regularizer=none,linear seed=0,1,2
+
+A finished run is not repeated, a killed one goes on from its last epoch when it is launched again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from command_line import launch
+from summary import print_summary
+
+from classification.data import DATASETS
+from classification.models import MODELS
+from classification.train import train
+from eval import render_accuracy
+
+
+def main(config: dict[str, Any]) -> None:
+    run = train(config)
+    print_summary(run, render_accuracy, f"run                 {run.path}")
+
+
+if __name__ == "__main__":
+    launch(
+        main,
+        "train_classification",
+        __doc__ or "",
+        choices={"data": DATASETS, "model": MODELS, "trainer": DATASETS},
+    )

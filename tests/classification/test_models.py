@@ -1,0 +1,121 @@
+"""A cut ViT is the whole ViT: cached tokens and the trained end give timm's own forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer
+
+from adapters import Full, Linear, LoRA, inject, trainable_parameters
+from classification.models import build_model, split_vit
+from classification.tokens import LabelledTokens, cached_tokens, compute_tokens
+from training.encoders import dinov2_small
+
+
+class Pictures:
+    """Nine random pictures of two classes."""
+
+    name = "pictures"
+    classes = ("a", "b")
+    preprocessing = "none"
+    labels = np.arange(9) % 2
+    splits = {"train": np.arange(6), "validation": np.array([6]), "test": np.array([7, 8])}  # noqa: RUF012
+    fingerprint = "pictures"
+
+    def images(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.randn(9, 3, 28, 28, generator=torch.Generator().manual_seed(0))[torch.as_tensor(indices)]
+
+
+def small_vit() -> VisionTransformer:
+    """DINOv2's architecture (layer scale, patch 14), four blocks of 48; random weights that matter everywhere."""
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_small_patch14_dinov2", img_size=28, embed_dim=48, depth=4, num_heads=3, num_classes=2
+    ).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return vit
+
+
+@pytest.mark.parametrize("frozen_blocks", [0, 1, 3])
+def test_tokens_and_end_are_the_whole_model(frozen_blocks: int, tmp_path: Path) -> None:
+    """Oracle: timm's forward of the uncut model. The cache gives the same bits again."""
+    data, vit = Pictures(), small_vit()
+    head = {name: tensor.clone() for name, tensor in vit.head.state_dict().items()}
+    with torch.inference_mode():
+        expected = vit(data.images(np.arange(9)))
+    total = sum(parameter.numel() for parameter in vit.parameters())
+    frozen, end = split_vit(vit, frozen_blocks, classes=2)
+    end.head.load_state_dict(head)
+    for _ in range(2):
+        tokens = cached_tokens(data, frozen, tmp_path)
+        with torch.inference_mode():
+            logits = end(tokens)["logits"]
+        assert tokens.shape == (9, 5, 48) and tokens.dtype == torch.float32
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert end.frozen_parameters + sum(parameter.numel() for parameter in end.parameters()) == total
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1 and not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_real_encoder_cut_is_the_real_encoder(cache: Path) -> None:
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    frozen, end = build_model({"name": "dinov2_small"}, cache=cache, image_size=56, classes=10)
+    with torch.inference_mode():
+        tokens = frozen.forward_features(images)
+        whole = dinov2_small(cache, 56)  # timm pools the class token; there is no head in it
+        assert tokens.shape == (2, 17, 384)
+        assert torch.allclose(end(tokens)["logits"], end.head(whole(images)), atol=1e-5)
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    assert end.frozen_parameters + sum(p.numel() for p in end.parameters()) == total + 384 * 10 + 10
+
+
+def test_cached_tokens_belong_to_their_data_and_weights(tmp_path: Path) -> None:
+    data, other = Pictures(), Pictures()
+    other.fingerprint = "other"
+    first, second = split_vit(small_vit(), 2, 2)[0], split_vit(small_vit(), 2, 2)[0]
+    with torch.no_grad():
+        second.blocks[0].attn.proj.bias[0] += 1
+    tokens = cached_tokens(data, first, tmp_path)
+    assert not torch.equal(cached_tokens(data, second, tmp_path), tokens)
+    cached_tokens(other, first, tmp_path)
+    assert len(list((tmp_path / "pictures").glob("tokens-*.safetensors"))) == 3
+    assert torch.allclose(compute_tokens(data, first, batch_size=4), tokens, atol=1e-5)
+
+
+def test_adapters_find_the_last_blocks_by_their_own_numbers() -> None:
+    """Counts by hand: 2 blocks of width 48; a LoRA of rank 4 on q, k, v has 4 * (48 + 48) each."""
+    lora = inject(split_vit(small_vit(), 2, 2)[1], LoRA(rank=4, targets=("q", "k", "v")), train=("head",))
+    trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".branches")[0] for name in trained if "branches" in name} == {
+        "blocks.2.attn.qkv", "blocks.3.attn.qkv"
+    }  # fmt: skip
+    assert trainable_parameters(lora) == 2 * 3 * 4 * (48 + 48) + 48 * 2 + 2
+    linear = inject(split_vit(small_vit(), 2, 2)[1], Linear(), train=("head",))
+    assert trainable_parameters(linear) == 48 * 2 + 2
+    full = inject(split_vit(small_vit(), 2, 2)[1], Full(), train=("head",))
+    assert {name.split(".")[1] for name, _ in full.named_parameters() if name.startswith("blocks")} == {"2", "3"}
+    assert trainable_parameters(full) == sum(parameter.numel() for parameter in full.parameters())
+
+
+def test_a_split_holds_its_own_images() -> None:
+    data = Pictures()
+    tokens = torch.arange(9.0)[:, None, None].expand(9, 2, 3)
+    split = LabelledTokens(tokens, data.labels, data.splits["test"])
+    assert len(split) == 2 and split[1]["tokens"].unique().tolist() == [8.0] and split[1]["labels"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "dinov3"}, "unknown model 'dinov3'; choose from dinov2_small"),
+        ({"name": "dinov2_small", "frozen_blocks": 12}, "frozen_blocks is 12; expected 0 .* to 11"),
+        ({"name": "dinov2_small", "depth": 3}, "does not take these settings"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict, message: str, cache: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(settings, cache=cache, image_size=28, classes=2)

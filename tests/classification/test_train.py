@@ -1,0 +1,125 @@
+"""The command itself at tiny size, end to end: the real encoder, real digits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from sklearn.metrics import accuracy_score
+
+from adapters import load
+from classification.assemble import assemble
+from classification.evaluate import evaluate, predict
+from classification.experiment import Experiment
+from classification.train import train
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    (root / "cache").symlink_to(cache.resolve())
+    return root
+
+
+def overrides(root: Path, runs: Path) -> list[str]:
+    small = "data.size=28 data.train_images=64 model.frozen_blocks=11 trainer.batch_size=16 seed=3 trainer.threads=1 "
+    small += "trainer.precision=float32 trainer.stages.adapt.epochs=2 trainer.stages.regularize.epochs=1"
+    return [f"root={root}", f"runs={runs}", *small.split()]
+
+
+def config(root: Path, runs: Path, *more: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "scripts/conf")):
+        composed = compose("train_classification", [*overrides(root, runs), *more])
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return plain
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)  # a run sets its own
+
+
+def test_lora_with_the_penalty(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/train_classification.py", *overrides(root, tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "classification/digits/dinov2_small/lora/linear/seed3"
+    metrics, described = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "run"))
+    asked = yaml.safe_load((folder / "config.yaml").read_text())
+
+    # What was asked for: a subset by the run's seed, LoRA on q, k and v of the one block that trains.
+    assert asked["data"]["subset_seed"] == 3 and asked["adapter"]["targets"] == ["q", "k", "v"]
+    assert described["data"]["images"] == {"train": 64, "validation": 300, "test": 500}
+    assert described["adapter_parameters"] == 3 * 8 * (384 + 384)
+    assert described["trained_parameters"] == 3 * 8 * (384 + 384) + 384 * 10 + 10
+    assert described["total_parameters"] > 21_000_000
+
+    # What it printed is what it measured, and the file alone gives it again.
+    assert re.search(rf"test .* {metrics['test']['accuracy']:.1f}", done.stdout) and str(folder) in done.stdout
+    assert set(metrics) == {"validation", "test", "chance", "redundancy"}
+    assert metrics["test"]["accuracy"] > 20 and metrics["chance"]["test"]["accuracy"] == 10
+    data, splits, model = assemble(Experiment.of(asked))
+    load(model, folder / "adapter.safetensors")
+    assert evaluate(model, splits["test"]) == pytest.approx(metrics["test"], rel=1e-4)
+    correct = accuracy_score(data.labels[data.splits["test"]], predict(model, splits["test"]).argmax(1))
+    assert metrics["test"]["accuracy"] == pytest.approx(100 * correct)
+
+    # Both stages ran, the second with the penalty; each epoch was validated.
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    parts = {line["stage"]: set(line["parts"]) for line in log if "parts" in line}
+    assert parts == {"adapt": {"cross_entropy"}, "regularize": {"cross_entropy", "resora_linear"}}
+    assert sum("validation" in line for line in log) == 3
+    heat = json.loads((folder / "redundancy.json").read_text())
+    assert set(heat["before"]) == {f"blocks.11.attn.qkv.{role}" for role in "qkv"}
+    off = [np.array(matrix)[~np.eye(8, dtype=bool)].mean() for matrix in heat["after"].values()]
+    assert metrics["redundancy"]["after"] == pytest.approx(np.mean(off), rel=1e-5)
+
+    # A finished run is not repeated.
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert train(config(root, tmp_path)).path == folder
+    assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_linear_probe_selected_on_validation(root: Path, tmp_path: Path) -> None:
+    folder = train(config(root, tmp_path, "adapter=linear", "regularizer=none", "trainer.selection=validation")).path
+    assert folder == tmp_path / "classification/digits/dinov2_small/linear/none/seed3"
+    metrics, described = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "run"))
+    assert described["trained_parameters"] == 384 * 10 + 10 and described["adapter_parameters"] == 0
+    assert described["selection"] == "the epoch of each stage with the best accuracy on validation"
+    assert "redundancy" not in metrics and not (folder / "redundancy.json").exists()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    scores = [line["validation"]["accuracy"] for line in log if "validation" in line]
+    assert metrics["validation"]["accuracy"] == pytest.approx(scores[-1]), "one epoch: the best one of the last stage"
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("data.train_images=5", "train_images is 5; expected 10 to"),
+        ("data.size=30", "not a positive multiple of the patch"),
+        ("model.frozen_blocks=12", "expected 0 .* to 11"),
+        ("adapter=linear", "use regularizer=none"),
+        ("data.name=openmoji", "unknown data 'openmoji'; choose from digits"),
+        ("model.name=vse_infty", "unknown model 'vse_infty'; choose from dinov2_small"),
+    ],
+)
+def test_a_mistake_leaves_nothing(argument: str, hint: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=hint):
+        train(config(root, tmp_path, argument))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""The benchmark's counts against counts by hand, and a tiny benchmark from options to page. No time is tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters import LoRA, inject
+from regularizers import REGULARIZERS, ReSoRA, capture, nonlinear
+from regularizers.nonlinear import _nonlinear
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/benchmark.py`
+
+import benchmark
+import benchmarks.regularizers as subject
+from benchmarks.measure import count, median_interval, paired_ratios, resident_peak
+from benchmarks.naive_equations import NAIVE
+
+
+def nothing(_: Tensor) -> None:
+    pass
+
+
+def test_flops_of_a_product_and_its_two_gradients() -> None:
+    left, right = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    assert count(lambda: left @ right, nothing).flops == 2 * 3 * 5 * 7
+    assert count(lambda: (left @ right).sum(), Tensor.backward).flops == 3 * 2 * 3 * 5 * 7
+
+
+def test_flops_of_products_that_torch_passes_over() -> None:
+    branch = count(lambda: torch.zeros(3, 7).addmm_(torch.ones(3, 5), torch.ones(5, 7)), nothing)
+    assert branch.flops == 2 * 3 * 5 * 7
+    query = torch.randn(2, 3, 11, 8, requires_grad=True)  # 2 images, 3 heads, 11 tokens, 8 wide
+    product = 2 * (2 * 3) * 11 * 11 * 8
+    assert count(lambda: F.scaled_dot_product_attention(query, query, query), nothing).flops == 2 * product
+    both = count(lambda: F.scaled_dot_product_attention(query, query, query).sum(), Tensor.backward)
+    assert both.flops == (2 + 5) * product  # backward: the scores again, and the gradients of q, k, v and the scores
+
+
+def test_flops_of_a_gradient_that_is_computed_in_the_forward_pass() -> None:
+    """`nonlinear` computes its gradient at once, in an autograd function of ours."""
+    activations = torch.randn(64, 4, requires_grad=True)
+    eager = count(lambda: nonlinear(activations), partial(torch.autograd.grad, inputs=activations))
+    plain = count(
+        lambda: _nonlinear(activations, activations.new_zeros(()), 1.0),
+        partial(torch.autograd.grad, inputs=activations),
+    )
+    assert eager.flops == plain.flops > 0
+    assert eager.kept_bytes < plain.kept_bytes / 10
+
+
+def test_bytes_follow_storages() -> None:
+    x = torch.randn(1000, requires_grad=True)  # 4,000 bytes
+    counts = count(lambda: (x * 2).exp().sum(), Tensor.backward, [x])
+    assert counts.kept_bytes == 4000 + 4  # the result of exp, which its gradient needs, and the sum
+    assert counts.largest == 1000
+    forward = count(lambda: (x.detach() * 2).exp().sum(), nothing, [x])
+    assert (forward.kept_bytes, forward.peak_bytes) == (4, 3 * 4000)  # x, 2 x and exp(2 x) at once
+    assert forward.elementwise == 2000
+    views = count(lambda: x.detach().view(10, 100).T[3:, :5].mul_(2), nothing, [x[:1]])
+    assert views.peak_bytes == 4000 and views.kept_bytes == 0 and views.largest == 0
+
+
+def test_every_repeat_counts_the_same() -> None:
+    layer = torch.nn.Linear(20, 30)
+    x = torch.randn(5, 20)
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        layer.zero_grad()
+
+    assert len({count(lambda: layer(x).relu().sum(), backward, [x, *layer.parameters()]) for _ in range(3)}) == 1
+
+
+def test_resident_peak_sees_a_large_tensor() -> None:
+    before = resident_peak()
+    torch.ones(before // 4 + 10_000_000)  # larger than anything before
+    assert resident_peak() >= before + 30_000_000
+
+
+def test_flops_of_linear_in_layers_of_vit_b_16() -> None:
+    """At most 1.0005 of plain LoRA's: exact, and in two layers of the twelve the share is no smaller than in all."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", depth=2, num_classes=100)
+    inject(model, LoRA(targets=("q", "k", "v")), train=("head",))
+    images, resora = torch.randn(1, 3, 224, 224), ReSoRA("linear")
+
+    def penalised() -> Tensor:
+        with capture(model) as subspaces:
+            loss = model(images).square().mean()
+        return loss + resora(subspaces)["resora_linear"]
+
+    plain = count(lambda: model(images).square().mean(), Tensor.backward).flops
+    with_penalty = count(penalised, Tensor.backward).flops
+    # Six layers; the Gram matrix (8, 197) x (197, 8) and the gradients to its two sides.
+    assert with_penalty - plain == 6 * 3 * 2 * 8 * 8 * 197
+    assert with_penalty / plain <= 1.0005
+
+
+@pytest.mark.parametrize("measure", NAIVE)
+def test_equations_as_printed_are_what_the_closed_forms_compute(measure: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    activations = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    basis = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    expected = NAIVE[measure][1](activations, basis)
+    torch.testing.assert_close(REGULARIZERS[measure](activations, basis), expected, rtol=1e-5, atol=0)
+
+
+def test_pairs_alternate_and_warm_up_does_not_count() -> None:
+    calls: list[str] = []
+    ratios = paired_ratios(lambda: calls.append("plain"), lambda: calls.append("measured"), 3, warm_up=2)
+    assert calls == ["plain", "measured", "measured", "plain"] * 2 + ["plain", "measured"]
+    assert len(ratios) == 3
+    assert median_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    median, low, high = median_interval([0.9, 1.0, 1.1, 1.2, 5.0])
+    assert median == 1.1 and 0.9 <= low < 1.1 < high <= 5.0
+
+
+def test_a_tiny_benchmark_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Here, not in fresh processes: a minute of imports less. The resident peak then has no meaning.
+    monkeypatch.setattr(subject, "in_fresh_process", lambda function, *arguments: (function(*arguments)[0], 1))
+    options = "--model vit_tiny_patch16_224 --image-size 32 --batch 2 --pairs 2 --measures linear --samples 500 1000"
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main(["regularizers", *options.split(), "--threads", "1", "--output", str(tmp_path / "made")])
+    finally:
+        torch.set_num_threads(threads)
+    page = (tmp_path / "made" / "regularizers.md").read_text()
+    for line in ("| Full | 2 |", "| LoRA + linear | 2 |", "| LoRA + Eq. 7 as printed | 1 |", "| linear | FLOPs |"):
+        assert line in page
+    results = json.loads((tmp_path / "made" / "regularizers.json").read_text())
+    found = {(row["label"], row["batch"]): row for row in results["rows"]}
+    assert all(len(row["time_ratios"]) == (2 if row["penalty"] else 0) for row in found.values())
+    lora, linear, printed = (found[key] for key in [("LoRA", 2), ("LoRA + linear", 2), ("LoRA + Eq. 7", 1)])
+    assert linear["reference"] == lora["counts"]
+    added = linear["counts"]["flops"] - lora["counts"]["flops"]
+    assert added == 36 * 3 * 2 * 8 * 8 * 2 * 5  # 36 layers, 2 images of 4 + 1 tokens
+    assert printed["counts"]["peak_bytes"] > 2 * printed["reference"]["peak_bytes"]
+    small, large, kernel = results["growth"]
+    assert large["counts"]["peak_bytes"] < 2.5 * small["counts"]["peak_bytes"]
+    assert large["counts"]["largest"] < 1000**2 and kernel["counts"]["largest"] >= 500**2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [(["--measures", "lineer"], "linear"), (["--pairs", "0"], "pairs is 0"), (["--samples", "1"], "at least 2")],
+)
+def test_a_mistake_says_what_is_expected(
+    arguments: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["regularizers", *arguments, "--output", str(tmp_path)])
+    assert hint in f"{stop.value}{capsys.readouterr().err}"
+    assert not list(tmp_path.iterdir())

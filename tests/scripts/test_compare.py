@@ -1,0 +1,100 @@
+"""The comparison: every job is a valid run, no record is made twice, and the page says what the numbers do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from command_line import compose
+from comparison import execute, page
+from comparison.execute import Records, chosen_settings, run_task
+from comparison.plan import BASELINE, MEASURES, METHODS, TASKS, Job, bandwidth_jobs, report_jobs, weight_jobs
+
+from classification.experiment import Experiment as Classification
+from retrieval.experiment import Experiment as Retrieval
+
+DEFAULTS = {measure: {"weight": 1e-2} for measure in MEASURES}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_job_is_a_valid_run_of_its_own(task: str) -> None:
+    jobs = report_jobs(task, DEFAULTS)[: len(METHODS)]
+    if TASKS[task].selection_seeds:
+        jobs += weight_jobs(task)[:3] + bandwidth_jobs(task, dict.fromkeys(MEASURES, 0.1))[:3]
+    kind = Retrieval if TASKS[task].command == "train_retrieval" else Classification
+    experiments = [kind.of(compose(TASKS[task].command, job.overrides)) for job in jobs]
+    assert len({job.key for job in jobs}) == len(jobs)
+    folders = {execute._folder(job, Path("runs")) / Path(*e.levels) for job, e in zip(jobs, experiments, strict=True)}
+    assert len(folders) == len(jobs)
+    epochs = {sum(stage.epochs for stage in experiment.recipe.stages) for experiment in experiments}
+    assert len(epochs) == 1, "methods are compared at equal epochs"
+
+
+def fake_run(job: Job, runs: Path) -> dict[str, Any]:
+    """A score that is known: euclidean gains 2, linear's best weight is 0.1, the rest is noise of the seed."""
+    gain = {"+ euclidean": 2.0, "+ linear": job.settings.get("weight", 0) * 0.1}.get(job.method, 0.0)
+    noise = {"+ euclidean": 0.05, "+ overlap": 1.0}.get(job.method, 0.3) * [0.3, -0.8, 0.9, -0.5, 0.1][job.seed % 5]
+    score = 70 + job.seed % 7 + gain + noise
+    return {
+        "task": job.task, "method": job.method, "seed": job.seed, "settings": dict(job.settings),
+        "selection": job.selection, "validation": {"accuracy": score}, "test": {"accuracy": score},
+        "redundancy": {"before": 0.5, "after": 0.25} if job.method != "full" else None,
+        "curve": [score - 3, score - 2, score - 1, score], "epochs": [2, 2], "parameters": 1000,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Run no training; note what would be launched, in this process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    jobs: list[Job] = []
+
+    def note(job: Job, runs: Path) -> dict[str, Any]:
+        jobs.append(job)
+        return fake_run(job, runs)
+
+    monkeypatch.setattr(execute, "run_job", note)
+    monkeypatch.setattr(execute, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    return jobs
+
+
+def test_finished_runs_are_not_repeated_and_validation_chooses(tmp_path: Path, launched: list[Job]) -> None:
+    records = Records(tmp_path / "runs.jsonl")
+    run_task("digits", records, tmp_path, jobs=2)
+    task = TASKS["digits"]
+    assert len(records.all) == len({execute._key(record) for record in records.all})
+    reported = [record for record in records.all if record["seed"] in task.seeds]
+    assert len(reported) == len(METHODS) * len(task.seeds)
+    assert chosen_settings("digits", records)["linear"] == {"weight": 0.1}
+    assert all(record["settings"]["weight"] == 0.1 for record in reported if record["method"] == "+ linear")
+    first = launched.copy()
+    run_task("digits", Records(tmp_path / "runs.jsonl"), tmp_path, jobs=2)
+    again = launched[len(first) :]
+    assert all(job.method == BASELINE for job in again), "only stages that others go on from, whose files are not there"
+
+
+def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) -> None:
+    records = Records(tmp_path / "results" / "runs.jsonl")
+    run_task("digits", records, tmp_path, jobs=2)
+    page.write_page(records, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "## scenes\n\nNot run yet." in text and "10 seeds." in text
+    assert "**+ euclidean** is better by" in text and "+ overlap: no difference was found" in text
+
+    def scores(method: str) -> list[float]:
+        found = {record["seed"]: record["test"]["accuracy"] for record in records.all if record["method"] == method}
+        return [found[seed] for seed in TASKS["digits"].seeds]
+
+    test = stats.ttest_rel(scores("+ overlap"), scores(BASELINE))
+    low, high = test.confidence_interval(0.95)
+    (row,) = (line for line in text.splitlines() if line.startswith("| + overlap"))
+    mean = sum(scores("+ overlap")) / 10 - sum(scores(BASELINE)) / 10
+    assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" in row and "0.50 → 0.25" in row
+    assert (tmp_path / "results" / "stage2.svg").is_file()

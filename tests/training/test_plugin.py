@@ -1,0 +1,123 @@
+"""ReSoRA in an existing transformers.Trainer script: the README's example, and what the optimiser really gets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from regularizers import ReSoRA
+from training import ReSoRATrainer
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def peft_model() -> nn.Module:
+    model = get_peft_model(
+        bert(), LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def dataset(items: int = 8) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(1, 50, (6,), generator=generator),
+            "attention_mask": (torch.arange(6) < 3 + i % 4).long(),
+            "labels": torch.tensor(i % 2),
+        }
+        for i in range(items)
+    ]
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "logging_steps": 1, "report_to": "none"}
+    return TrainingArguments(str(folder), use_cpu=True, save_strategy="no", **(defaults | settings))
+
+
+def test_the_readmes_example_trains_with_the_penalty(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n((?:(?!```).)*ReSoRATrainer\(.*?)```", README, flags=re.DOTALL)
+    changed = [line for line in example.splitlines() if "#" in line]
+    assert 1 <= len(changed) <= 5, "the example marks the lines that a PEFT user changes"
+    namespace = {"bert": bert(), "arguments": arguments(tmp_path), "dataset": dataset()}
+    exec(example, namespace)
+    logged = [entry for entry in namespace["trainer"].state.log_history if "resora_linear" in entry]
+    assert len(logged) == 4 and all(entry["loss"] > entry["resora_linear"] > 0 for entry in logged)
+
+
+def over_all_items(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("loss", [None, over_all_items], ids=["mean of a batch", "scaled by all accumulated items"])
+def test_the_optimizer_gets_the_gradient_of_loss_plus_penalty_over_accumulated_batches(
+    tmp_path: Path, loss: Any
+) -> None:
+    """Two accumulated batches of two, one step of plain SGD, against a loop of our own."""
+    data = dataset(4)
+    resora = ReSoRA("overlap", weight=0.7)
+    expected = peft_model().double().train()
+    losses = []
+    for batch in (data[:2], data[2:]):
+        with resora.capture(expected) as subspaces:
+            output = expected(**{key: torch.stack([item[key] for item in batch]) for key in batch[0]})
+        losses.append(output.loss + sum(resora(subspaces).values()))
+    torch.stack(losses).mean().backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.5 * parameter.grad
+
+    model = peft_model().double()
+    settings = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1, "max_grad_norm": 0.0,
+    }  # fmt: skip
+    trainer = ReSoRATrainer(
+        model=model,
+        args=arguments(tmp_path, train_sampling_strategy="sequential", **settings),
+        train_dataset=data,
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+        regularizer=resora,
+        compute_loss_func=loss,
+    )
+    # BERT's classifier takes num_items_in_batch and ignores it, so transformers would add losses up, not average them
+    trainer.model_accepts_loss_kwargs = False
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
+    trainer.train()
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_evaluation_has_no_penalty(tmp_path: Path) -> None:
+    plain = Trainer(model=peft_model(), args=arguments(tmp_path), eval_dataset=dataset())
+    ours = ReSoRATrainer(
+        model=peft_model(), args=arguments(tmp_path), eval_dataset=dataset(), regularizer=ReSoRA("linear", weight=9.0)
+    )
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_without_a_regularizer_it_is_the_plain_trainer(tmp_path: Path) -> None:
+    models = [peft_model(), peft_model()]
+    for trainer, model in zip((Trainer, ReSoRATrainer), models, strict=True):
+        trainer(model=model, args=arguments(tmp_path), train_dataset=dataset()).train()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)

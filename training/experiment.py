@@ -1,0 +1,110 @@
+"""What every run is asked for, whatever its task: data, model, adapter, regularizer, recipe, seed, places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from adapters import ADAPTERS, Adapter
+from regularizers import REGULARIZERS, ReSoRA
+from training.choose import check_name, choose
+from training.optimizers import LearningRates
+from training.stages import Recipe, Stage
+
+LOW_RANK = ("lora",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseExperiment:
+    """The part of a task's `Experiment` that all tasks share.
+
+    Args:
+        data: name of the data set.
+        data_options: its further settings.
+        model: name and settings of the model.
+        adapter: what is trained besides the heads.
+        regularizer: what is penalised in the stages that regularize, or None.
+        recipe: how to optimise.
+        threads, precision: as of `choose_hardware`; None is measured.
+        seed: of first values, batches and dropout.
+        start_from: a run whose first stage this one goes on from, instead of training it again; or None.
+        root: folder of data sets and pretrained encoders.
+        runs: folder of run folders.
+    """
+
+    task: ClassVar[str]
+    data: str
+    data_options: dict[str, Any]
+    model: dict[str, Any]
+    adapter: Adapter
+    regularizer: ReSoRA | None
+    recipe: Recipe
+    threads: int | None
+    precision: str | None
+    seed: int
+    start_from: Path | None
+    root: Path
+    runs: Path
+
+    @property
+    def cache(self) -> Path:
+        """Where the pretrained encoders are kept."""
+        return self.root / "cache"
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels of the run's folder below `runs`."""
+        penalty = self.regularizer.measure if self.regularizer else "none"
+        return (self.task, self.data, self.model["name"], self.adapter.name, penalty, f"seed{self.seed}")
+
+
+def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], models: Iterable[str]) -> dict[str, Any]:
+    """The arguments of `BaseExperiment` from a configuration (see `scripts/conf`), checked before any work begins.
+
+    Args:
+        config: nested mapping with the groups data, model, adapter, regularizer and trainer; more is left to the task.
+        datasets: the names that the task knows.
+        models: likewise.
+
+    Raises:
+        ValueError: for a name or value that does not exist; the message says what does.
+    """
+    data, model, trainer = dict(config["data"]), dict(config["model"]), config["trainer"]
+    for kind, name, known in (("data", data["name"], datasets), ("model", model["name"], models)):
+        check_name(kind, name, known)
+    adapter = choose("adapter", ADAPTERS, config["adapter"])
+    penalty = dict(config["regularizer"])
+    measure = penalty.pop("name")
+    if measure != "none" and adapter.name not in LOW_RANK:
+        raise ValueError(
+            f"regularizer={measure} penalises the subspaces of a low-rank adapter, and "
+            f"adapter={adapter.name} has none; use regularizer=none, or one of adapter={', '.join(LOW_RANK)}"
+        )
+    data.pop("prepare", None)  # how the data were made is checked by their fingerprint
+    return {
+        "data": data.pop("name"),
+        "data_options": data,
+        "model": model,
+        "adapter": adapter,
+        "regularizer": None if measure == "none" else ReSoRA(measure, **penalty),
+        "recipe": Recipe(
+            stages=tuple(Stage(name=name, **settings) for name, settings in trainer["stages"].items()),
+            rates=LearningRates(**trainer["rates"]),
+            **{
+                key: trainer[key]
+                for key in ("batch_size", "warmup", "max_grad_norm", "selection", "restart", "workers")
+            },
+            report_to=tuple(trainer["report_to"]),
+        ),
+        "threads": trainer["threads"],
+        "precision": trainer["precision"],
+        "seed": config["seed"],
+        "start_from": Path(config["start_from"]) if config["start_from"] else None,
+        "root": Path(config["root"]),
+        "runs": Path(config["runs"]),
+    }
+
+
+assert set(LOW_RANK) <= set(ADAPTERS) and "none" not in REGULARIZERS
