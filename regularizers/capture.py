@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from regularizers.layers import Record, low_rank_layers
+from regularizers.layers import LowRankLayer, Record, low_rank_layers
 from regularizers.subspaces import Captured, Subspaces
 
 
@@ -46,7 +46,7 @@ def capture(
         ("q") of this suite's adapters, and the adapter's name ("default") for PEFT's.
 
     Raises:
-        ValueError: if the model holds no layer to capture, is compiled, or is checkpointed in the reentrant mode.
+        ValueError: if the model holds no layer to capture, or is compiled.
         RuntimeError: inside another capture of the same model.
     """
     captured = Captured(on, samples)
@@ -70,25 +70,30 @@ def capture(
     with _attention_masks(model, found) as masks, ExitStack() as stack:
         for name, roles in chosen.items():
             if roles:
-                record = _recorder(recordings, name, masks, grad_enabled=torch.is_grad_enabled())
+                record = _recorder(recordings, name, found[name], masks, torch.is_grad_enabled())
                 stack.enter_context(found[name].listen(record, roles))
         yield captured
     for recording in recordings:
+        if recording.without_graph:
+            found[recording.layer].replay(recording.role, recording.activations)
         activations = recording.samples(samples)
-        if (earlier := captured.get(recording.name)) is not None:
+        key = f"{recording.layer}.{recording.role}"
+        if (earlier := captured.get(key)) is not None:
             activations = torch.cat([earlier.activations, activations])
-        captured[recording.name] = Subspaces(activations, recording.basis)
+        captured[key] = Subspaces(activations, recording.basis)
 
 
 class _Recording(NamedTuple):
     """One forward pass of one low-rank update, as the layer computed it."""
 
-    name: str
+    layer: str
+    role: str
     activations: Tensor
     basis: Tensor
     shape: torch.Size
     scale: float
     mask: Tensor | None
+    without_graph: bool
 
     def samples(self, kind: str) -> Tensor:
         """(N, r): one row for each real token, or for each item its mean over them."""
@@ -127,15 +132,23 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _recorder(recordings: list[_Recording], name: str, masks: list[Tensor], grad_enabled: bool) -> Record:
+def _recorder(
+    recordings: list[_Recording], name: str, layer: LowRankLayer, masks: list[Tensor], grad_enabled: bool
+) -> Record:
     def record(role: str, activations: Tensor, basis: Tensor, shape: torch.Size, scale: float = 1.0) -> None:
-        if grad_enabled and not torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} ran without a graph, as reentrant gradient checkpointing does: a penalty would have no "
-                "gradient. Use the other mode, gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
         mask = next((mask for mask in reversed(masks) if mask.shape == shape), None)
-        recordings.append(_Recording(f"{name}.{role}", activations, basis, shape, scale, mask))
+        # Reentrant gradient checkpointing: this pass has no graph, the one in the backward pass will (see `Replay`).
+        without_graph = grad_enabled and not torch.is_grad_enabled()
+        if without_graph:
+            if any((earlier.layer, earlier.role) == (name, role) for earlier in recordings):
+                raise ValueError(
+                    f"{name} ran twice under reentrant gradient checkpointing, and which pass is repeated first is not "
+                    "known; use the other mode, gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+            activations = activations.detach().requires_grad_()
+            with torch.enable_grad():
+                _, basis = layer.weight_subspaces(role)
+        recordings.append(_Recording(name, role, activations, basis, shape, scale, mask, without_graph))
 
     return record
 

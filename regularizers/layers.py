@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -36,6 +37,28 @@ class LowRankLayer(Protocol):
         """A context in which each forward pass calls `record` for each of `roles` that it applies."""
         ...
 
+    def replay(self, role: str, activations: Tensor) -> None:
+        """When the next forward pass with a graph has computed these activations again, add their gradient to it."""
+        ...
+
+
+class Replay:
+    """Reentrant gradient checkpointing runs a layer without a graph, and again, with one, in the backward pass.
+
+    A penalty on the activations of the first pass leaves its gradient on them, which are leaves; in the second pass it
+    is added to the gradient of the same activations. Autograd runs what was computed last first, so that the penalty's
+    gradient is there by then.
+    """
+
+    def __init__(self, activations: Tensor) -> None:
+        self.first = weakref.ref(activations)  # nothing is held for a backward pass that never comes
+
+    def __call__(self, activations: Tensor) -> None:
+        if (first := self.first()) is not None and activations.requires_grad:
+            activations.register_hook(
+                lambda gradient: gradient if first.grad is None else gradient + first.grad.view_as(gradient)
+            )
+
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """The layers of `model` that have rank-1 subspaces, by name.
@@ -69,7 +92,7 @@ class OwnLayer:
 
     @contextmanager
     def listen(self, record: Record, roles: Collection[str]) -> Iterator[None]:
-        if self.module.record is not None:
+        if self.module.record is not None and not hasattr(self.module.record, "replays"):
             raise RuntimeError(f"{self.name} is being captured already: leave the outer capture(model) first")
 
         def keep(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
@@ -81,6 +104,20 @@ class OwnLayer:
             yield
         finally:
             self.module.record = None
+
+    def replay(self, role: str, activations: Tensor) -> None:
+        if self.module.record is None:
+            replays: dict[str, Replay] = {}
+
+            def again(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
+                if torch.is_grad_enabled() and role in replays:
+                    replays.pop(role)(activations)
+                if not replays:
+                    self.module.record = None
+
+            again.replays = replays  # type: ignore[attr-defined]
+            self.module.record = again
+        self.module.record.replays[role] = Replay(activations)
 
 
 class PeftLayer:
@@ -127,3 +164,13 @@ class PeftLayer:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def replay(self, role: str, activations: Tensor) -> None:
+        replay = Replay(activations)
+
+        def again(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled():
+                handle.remove()
+                replay(output)
+
+        handle = self.module.lora_A[role].register_forward_hook(again)

@@ -77,7 +77,7 @@ Value and gradient of one layer's measure, r = 8, normally distributed activatio
 {growth}
 
 The last column is the largest tensor's size as a fraction of one N x N kernel: below 1, none was built. A grid covers
-the activations from the lowest to the highest, and those lie further out in a larger sample: hence a little more than N.
+the activations from the lowest to the highest, which lie further out in a larger sample: hence a little more than N.
 """
 
 

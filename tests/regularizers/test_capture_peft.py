@@ -226,25 +226,47 @@ def test_autocast(build: Any) -> None:
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
 
+def loss_and_penalty(model: nn.Module, measure: str) -> Tensor:
+    resora = ReSoRA(measure, weight=1.0)
+    with resora.capture(model) as subspaces:
+        loss = model(input_ids=IDS, attention_mask=MASK, labels=torch.tensor([1, 0, 1])).loss
+    return loss + sum(resora(subspaces).values())
+
+
 @pytest.mark.parametrize("build", [with_peft, with_ours])
-def test_gradient_checkpointing(build: Any) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("measure", ["overlap", "linear", "cosine", "euclidean"])
+def test_gradient_checkpointing(build: Any, reentrant: bool, measure: str) -> None:
     plain, checkpointed = build().train(), build().train()
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    embeddings = checkpointed.get_submodule("base_model.model.bert" if build is with_peft else "bert").embeddings
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for model in (plain, checkpointed):
-        penalty(model, input_ids=IDS, attention_mask=MASK).backward()
-    expected = gradients(plain)
-    assert expected.keys() == gradients(checkpointed).keys() and expected
-    for name, gradient in gradients(checkpointed).items():
+        for _ in range(2):  # gradients add up over two passes
+            loss_and_penalty(model, measure).backward()
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert expected.keys() == found.keys() and expected
+    for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name])
+    hooks = [len(m._forward_hooks) for name, m in checkpointed.named_modules() if "embeddings" not in name]
+    assert not any(hooks) and not any(getattr(m, "record", None) for m in checkpointed.modules())
 
 
 @pytest.mark.parametrize("build", [with_peft, with_ours])
-def test_reentrant_checkpointing_and_compilation_are_refused(build: Any) -> None:
-    model = build().train()
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant"):
-        penalty(model, input_ids=IDS)
+def test_a_backward_pass_that_never_comes_leaves_no_gradient_for_the_next(build: Any) -> None:
+    plain, checkpointed = build().train(), build().train()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    embeddings = checkpointed.get_submodule("base_model.model.bert" if build is with_peft else "bert").embeddings
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    loss_and_penalty(checkpointed, "overlap")  # dropped
+    for model in (plain, checkpointed):
+        loss_and_penalty(model, "overlap").backward()
+    for name, gradient in gradients(checkpointed).items():
+        torch.testing.assert_close(gradient, gradients(plain)[name])
+
+
+@pytest.mark.parametrize("build", [with_peft, with_ours])
+def test_compilation_is_refused(build: Any) -> None:
     with pytest.raises(ValueError, match="is compiled"), capture(torch.compile(build(), backend="eager")):
         pass
     in_place = build()
