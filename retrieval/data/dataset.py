@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
@@ -57,6 +61,36 @@ def check_prepared(folder: Path, name: str, split: str) -> None:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} is not prepared in {folder}; run: python scripts/prepare_data.py data={name}")
+
+
+def make_once(folder: Path, options: dict[str, Any], artwork: str, build: Callable[[Path], None]) -> None:
+    """Let `build` fill `folder`, unless it is there already; nothing that looks finished is left by a killed call.
+
+    Args:
+        folder: of the data set; appears when it is complete, with the options in ``manifest.json``.
+        options: what the data depend on.
+        artwork: licence of what the data were made from.
+        build: fills the folder that it is given.
+
+    Raises:
+        ValueError: if the folder was made with other options.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if folder.is_dir():
+            made = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["options"]
+            if made != options:
+                raise ValueError(
+                    f"{folder} was prepared with {made}, not with {options}; delete it or choose another root"
+                )
+            return
+        unfinished = folder.parent / f".unfinished-{folder.name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        build(unfinished)
+        manifest = json.dumps({"options": options, "artwork": artwork}, ensure_ascii=False, indent=1)
+        (unfinished / "manifest.json").write_text(manifest, encoding="utf-8")
+        os.replace(unfinished, folder)
 
 
 def fingerprint(captions: Sequence[str], image_of_caption: np.ndarray, visual: Iterable[np.ndarray | bytes]) -> str:

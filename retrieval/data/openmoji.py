@@ -12,8 +12,6 @@ Prepared folder ``<root>/openmoji/``: region features and captions in the format
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
@@ -21,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from retrieval.data.dataset import SPLITS, check_prepared, fingerprint
+from retrieval.data.dataset import SPLITS, check_prepared, fingerprint, make_once
 from retrieval.data.emoji_concepts import concepts
 from retrieval.data.precomputed import read_precomputed, write_precomputed
 from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import Scene, describe, draw, sample_scenes
 from training.encoders import efficientnet_lite0
 
+ARTWORK = "OpenMoji, CC BY-SA 4.0; so are these pictures. See ATTRIBUTION.md of resora"
 DIMENSIONS = 384  # of the region features; EfficientNet-Lite0's own 1,280 make training two to three times slower
 
 
@@ -105,24 +103,8 @@ class OpenMojiScenes:
         """
         if size < 64 or size % 32:
             raise ValueError(f"size {size} is not a multiple of 32 pixels from 64 on; the default is 192")
-        folder = Path(root) / cls.name
         options = {"scenes": list(scenes), "size": size, "seed": seed, "dimensions": DIMENSIONS}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{cls.name}.lock"):
-            if folder.is_dir():
-                _check_same(folder, options)
-                return
-            unfinished = folder.parent / f".unfinished-{cls.name}"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            _build(unfinished, Path(cache), options)
-            os.replace(unfinished, folder)
-
-
-def _check_same(folder: Path, options: dict[str, Any]) -> None:
-    prepared = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["options"]
-    if prepared != options:
-        raise ValueError(f"{folder} was prepared with {prepared}, not with {options}; delete it or choose another root")
+        make_once(Path(root) / cls.name, options, ARTWORK, lambda folder: _build(folder, Path(cache), options))
 
 
 def _build(folder: Path, cache: Path, options: dict[str, Any]) -> None:
@@ -138,8 +120,6 @@ def _build(folder: Path, cache: Path, options: dict[str, Any]) -> None:
         captions = [caption for scene in scenes for caption in describe(scene)]
         write_precomputed(folder, split, project(regions, pca), captions)
         _write_json(folder / f"{split}_scenes.json", [_record(scene) for scene in scenes])
-    artwork = "OpenMoji, CC BY-SA 4.0; so are these pictures. See ATTRIBUTION.md of resora"
-    _write_json(folder / "manifest.json", {"options": options, "artwork": artwork})
 
 
 def _picture(folder: Path, split: str, index: int) -> Path:

@@ -14,9 +14,6 @@ Prepared folder ``<root>/openmoji_clips/``: ``videos/clip00000.mp4`` ... (16 fra
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +22,16 @@ from typing import Any
 import av
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from retrieval.data.dataset import SPLITS, check_prepared, fingerprint
+from retrieval.data.dataset import SPLITS, check_prepared, fingerprint, make_once
 from retrieval.data.emoji_concepts import concepts, render, with_article
 from retrieval.data.motions import MOTIONS, animate, describe
 from retrieval.data.scenes import COLOURS
 from retrieval.video import read_frames
 
+ARTWORK = "OpenMoji, CC BY-SA 4.0; so are these clips. See ATTRIBUTION.md of resora"
 LENGTH = 16  # frames
 RATE = 8  # frames a second
 
@@ -114,22 +111,8 @@ class OpenMojiClips:
         if min(clips) < 1 or sum(clips) > len(concepts()) * len(MOTIONS):
             most = len(concepts()) * len(MOTIONS)
             raise ValueError(f"clips={clips}; each split needs one, and all together at most {most} pairs exist")
-        folder = Path(root) / cls.name
         options = {"clips": list(clips), "size": size, "seed": seed}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{cls.name}.lock"):
-            if folder.is_dir():
-                prepared = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["options"]
-                if prepared != options:
-                    raise ValueError(
-                        f"{folder} was prepared with {prepared}, not with {options}; delete it or choose another root"
-                    )
-                return
-            unfinished = folder.parent / f".unfinished-{cls.name}"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            (unfinished / "videos").mkdir(parents=True)
-            _build(unfinished, options)
-            os.replace(unfinished, folder)
+        make_once(Path(root) / cls.name, options, ARTWORK, lambda folder: _build(folder, options))
 
 
 def sample_clips(clips: tuple[int, int, int], seed: int) -> pd.DataFrame:
@@ -162,6 +145,7 @@ def encode_h264(path: Path, frames: np.ndarray, rate: int) -> None:
 def _build(folder: Path, options: dict) -> None:
     table = sample_clips(tuple(options["clips"]), options["seed"])
     size = options["size"]
+    (folder / "videos").mkdir()
     drawn = {concept: render(concepts()[concept].svg, size) for concept in table["concept"].unique()}
 
     def write(row: Any) -> None:
@@ -178,6 +162,3 @@ def _build(folder: Path, options: dict) -> None:
         ]
         pd.DataFrame(captions, columns=["video_id", "sentence"]).to_csv(folder / f"{split}.csv", index=False)
     table.to_csv(folder / "clips.csv", index=False)
-    artwork = "OpenMoji, CC BY-SA 4.0; so are these clips. See ATTRIBUTION.md of resora"
-    content = json.dumps({"options": options, "artwork": artwork}, ensure_ascii=False, indent=1)
-    (folder / "manifest.json").write_text(content, encoding="utf-8")
