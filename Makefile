@@ -39,7 +39,7 @@ demo-clips: .venv/demo.installed ## the same for video: CLIP4Clip on H.264 clips
 	$(BIN)/python scripts/train_retrieval.py data=openmoji_clips model=clip4clip adapter=lora regularizer=linear seed=0 $(TRAIN)
 
 test: .venv/dev.installed ## install what is missing and run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: .venv/dev.installed ## lint, format and types
 	$(BIN)/ruff check .
