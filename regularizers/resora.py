@@ -74,7 +74,7 @@ class ReSoRA:
             raise ValueError(f"weight is {weight}; expected 0 or more, since the penalty is minimised")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-        takes = list(inspect.signature(REGULARIZERS[measure]).parameters)[2:]
+        takes = _parameters(measure)
         if unknown := sorted(set(parameters) - set(takes)):
             raise ValueError(
                 f"{measure} takes no {', '.join(unknown)}; its parameters are {', '.join(takes) or 'none'}"
@@ -112,6 +112,13 @@ class ReSoRA:
 
     def __repr__(self) -> str:
         options = {"on": "features", "samples": "tokens", "layers": None, "reduction": "mean"}
-        changed = {key: getattr(self, key) for key, default in options.items() if getattr(self, key) != default}
-        settings = "".join(f", {key}={value!r}" for key, value in (changed | self.parameters).items())
-        return f"ReSoRA({self.measure!r}, weight={self.weight}{settings})"
+        settings = [(key, getattr(self, key), default) for key, default in options.items()]
+        settings += [(key, value, _parameters(self.measure)[key]) for key, value in self.parameters.items()]
+        changed = "".join(f", {key}={value!r}" for key, value, default in settings if value != default)
+        return f"ReSoRA({self.measure!r}, weight={self.weight}{changed})"
+
+
+def _parameters(measure: str) -> dict[str, Any]:
+    """The measure's own parameters and their defaults."""
+    parameters = list(inspect.signature(REGULARIZERS[measure]).parameters.values())[2:]
+    return {parameter.name: parameter.default for parameter in parameters}

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapters import ADAPTERS, Adapter
-from regularizers import REGULARIZERS, ReSoRA
+from regularizers import ReSoRA
 from training.choose import check_name, choose
 from training.optimizers import LearningRates
 from training.stages import Recipe, Stage
 
-LOW_RANK = ("lora",)
+LOW_RANK = tuple(name for name, kind in ADAPTERS.items() if hasattr(kind, "stored_subspaces"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,5 +106,3 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "runs": Path(config["runs"]),
     }
 
-
-assert set(LOW_RANK) <= set(ADAPTERS) and "none" not in REGULARIZERS

@@ -58,6 +58,12 @@ def test_parameters_reach_the_measure() -> None:
     torch.testing.assert_close(value(measure="linear", transposed=True), expected, rtol=2e-4, atol=1e-5)
 
 
+def test_it_prints_what_differs_from_the_defaults() -> None:
+    assert repr(ReSoRA("linear", 0.1, centered=True, on="features")) == "ReSoRA('linear', weight=0.1, centered=True)"
+    printed = "ReSoRA('euclidean', weight=0.01, layers='q$', beta=2.0)"
+    assert repr(eval(printed)) == printed
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'linear'"):
         ReSoRA("linaer")
