@@ -105,4 +105,3 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "root": Path(config["root"]),
         "runs": Path(config["runs"]),
     }
-
