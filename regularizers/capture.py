@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -154,26 +155,48 @@ def _recorder(
 
 
 @contextmanager
-def _attention_masks(model: nn.Module, layers: dict[str, Any]) -> Iterator[list[Tensor]]:
+def _attention_masks(model: nn.Module, layers: Collection[str]) -> Iterator[list[Tensor]]:
     """The 2-D attention masks of the modules that are running now, innermost last."""
     masks: list[Tensor] = []
     pushed: list[bool] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        found = isinstance(mask, Tensor) and mask.dim() == 2
-        pushed.append(found)
-        if found:
-            masks.append(cast(Tensor, mask))
+    def before(signature: inspect.Signature, bound: bool) -> Callable[..., None]:
+        def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
+            if mask is None and args:  # passed by position
+                given = (module, *args) if bound else args
+                mask = signature.bind_partial(*given, **kwargs).arguments.get("attention_mask")
+            found = isinstance(mask, Tensor) and mask.dim() == 2
+            pushed.append(found)
+            if found:
+                masks.append(cast(Tensor, mask))
+
+        return push
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if pushed.pop():
             masks.pop()
 
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            around = any(layer.startswith(f"{name}." if name else "") for layer in layers)
-            if around and "attention_mask" in inspect.signature(module.forward).parameters:
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for module in _around(model, layers):
+            function = getattr(module.forward, "__func__", None)  # none where an instance brings its own forward
+            signature = _signature(function or module.forward)
+            if "attention_mask" in signature.parameters:
+                push = before(signature, bound=function is not None)
+                stack.callback(module.register_forward_pre_hook(push, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after, always_call=True).remove)
         yield masks
+
+
+@lru_cache(maxsize=512)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _around(model: nn.Module, layers: Collection[str]) -> list[nn.Module]:
+    """The modules that hold one of the layers, the model itself included."""
+    names = {""}
+    for layer in layers:
+        while layer := layer.rpartition(".")[0]:
+            names.add(layer)
+    return list({id(module): module for module in map(model.get_submodule, names)}.values())
