@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def cosines(columns: Tensor, centered: bool = False) -> Tensor:
-    """The cosine between each two of r columns: (N, r) -> (r, r), in float32 at least; 0 where a column is zero.
+    """The cosine between each two of r columns: (..., N, r) -> (..., r, r), float32 at least; 0 where one is zero.
 
     Args:
-        columns: ``(N, r)``, any float dtype and any magnitude.
+        columns: ``(..., N, r)``, any float dtype and any magnitude; leading dimensions are layers.
         centered: subtract each column's mean first, which makes the cosine Pearson's correlation. A constant column
             then counts as zero.
     """
@@ -19,21 +19,24 @@ def cosines(columns: Tensor, centered: bool = False) -> Tensor:
         largest = _largest(columns)
         # Columns of magnitude 1 first: the square of 1e-30 or 1e30 has no place in float32.
         columns = columns / largest.where(largest > 0, torch.ones_like(largest))
-        if centered and len(columns):
-            columns = columns - columns.mean(dim=0)
+        if centered and columns.shape[-2]:
+            columns = columns - columns.mean(dim=-2, keepdim=True)
             spread = _largest(columns)
             varies = spread > 8 * torch.finfo(columns.dtype).eps  # what is left of a constant column is rounding
             columns = columns * (varies / spread.where(varies, torch.ones_like(spread)))
-        gram = columns.T @ columns
-        square = gram.diagonal()
+        gram = columns.mT @ columns
+        square = gram.diagonal(dim1=-2, dim2=-1)
         norms = square.where(square > 0, torch.ones_like(square)).sqrt()  # sqrt'(0) is infinite
-        return gram / (norms[:, None] * norms[None, :])
+        return gram / (norms[..., :, None] * norms[..., None, :])
 
 
 def sum_of_pairs(matrix: Tensor) -> Tensor:
-    """The sum over i < j of an (r, r) matrix."""
-    return matrix.triu(diagonal=1).sum()
+    """The sum over i < j of (..., r, r) matrices: (...)."""
+    return matrix.triu(diagonal=1).sum(dim=(-2, -1))
 
 
 def _largest(columns: Tensor) -> Tensor:
-    return columns.detach().abs().amax(dim=0) if len(columns) else columns.new_zeros(columns.shape[1])
+    """The largest magnitude of each column: (..., N, r) -> (..., 1, r)."""
+    if not columns.shape[-2]:
+        return columns.new_zeros(*columns.shape[:-2], 1, columns.shape[-1])
+    return columns.detach().abs().amax(dim=-2, keepdim=True)

@@ -20,13 +20,13 @@ def cosine(activations: Tensor, basis: Tensor) -> Tensor:
     minimum of a pair is at -1 or 1, opposite directions, not orthogonal ones. Zero features count zero.
 
     Args:
-        activations (Tensor): ``(N, r)``, any float dtype.
-        basis (Tensor): ``(r, d_out)``.
+        activations (Tensor): ``(..., N, r)``, any float dtype; leading dimensions are layers.
+        basis (Tensor): ``(..., r, d_out)``.
 
     Returns:
-        Tensor: a scalar, in float32 at least.
+        Tensor: ``(...)``, in float32 at least.
     """
-    directions = cosines(basis.T)
+    directions = cosines(basis.mT)
     signs = activations.detach().sign().to(directions.dtype)  # of each: a product of 1e-30s would be 0
     with torch.autocast(signs.device.type, enabled=False):
-        return sum_of_pairs(directions * (signs.T @ signs) / max(len(signs), 1))
+        return sum_of_pairs(directions * (signs.mT @ signs) / max(signs.shape[-2], 1))

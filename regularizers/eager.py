@@ -1,4 +1,4 @@
-"""Scalars that bring their gradient along, so that nothing large waits for the backward pass."""
+"""Measures that bring their gradient along, so that nothing large waits for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,34 +9,49 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ValueAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
+"""A scalar, and its gradients to activations (N, r) and basis (r, d_out); None for zero."""
 
-def eager_gradient(function: Callable[[Tensor, Tensor], Tensor], activations: Tensor, basis: Tensor) -> Tensor:
-    """``function(activations, basis)``, a scalar, with its gradient computed at once.
+
+def with_gradients(
+    function: Callable[[Tensor, Tensor], ValueAndGradients], activations: Tensor, basis: Tensor
+) -> Tensor:
+    """A measure of each layer from a function of one layer that also gives the gradients.
 
     A measure runs in every adapted layer. Its intermediate tensors, many times larger than (N, r), would all be kept
     until the backward pass; the gradients of a scalar have the size of its arguments.
+
+    Args:
+        function: (N, r), (r, d_out) -> value and gradients; runs without autograd and autocast.
+        activations: ``(..., N, r)``.
+        basis: ``(..., r, d_out)``.
+
+    Returns:
+        Tensor: ``(...)``.
     """
-    if torch.is_grad_enabled() and (activations.requires_grad or basis.requires_grad):
-        value: Tensor = _Eager.apply(function, activations, basis)
-        return value
-    return function(activations, basis)
+    layers = activations.shape[:-2]
+    flat = (tensor.flatten(0, -3) if layers else tensor[None] for tensor in (activations, basis))
+    values: Tensor = _WithGradients.apply(function, *flat)
+    return values.reshape(layers)
 
 
-class _Eager(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[1:]
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
-        with torch.enable_grad():
-            value = function(*leaves)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else [None] * len(wanted)
-        gradients = iter(found)
-        ctx.save_for_backward(*(next(gradients) if need else None for need in needed))
-        return value.detach()
+    def forward(
+        ctx: Any, function: Callable[[Tensor, Tensor], ValueAndGradients], activations: Tensor, basis: Tensor
+    ) -> Tensor:
+        with torch.autocast(activations.device.type, enabled=False):
+            results = [function(*layer) for layer in zip(activations, basis, strict=True)]
+            values, *gradients = zip(*results, strict=True)
+            saved = [
+                torch.stack(found) if needed and found[0] is not None else None
+                for needed, found in zip(ctx.needs_input_grad[1:], gradients, strict=True)
+            ]
+            ctx.save_for_backward(*saved)
+            return torch.stack(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        return None, *(None if one is None else (gradient * one).to(one.dtype) for one in saved)
+        factor = gradient[:, None, None]
+        return None, *(None if saved is None else (factor * saved).to(saved.dtype) for saved in ctx.saved_tensors)

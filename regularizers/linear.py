@@ -23,14 +23,14 @@ def linear(
     The gradient reaches the activations (A, and the layers below), never the basis (B); `transposed` the other way.
 
     Args:
-        activations (Tensor): ``(N, r)``, any float dtype; computed in float32 at least.
-        basis (Tensor): ``(r, d_out)``; without influence, unless `transposed`.
+        activations (Tensor): ``(..., N, r)``, any float dtype; leading dimensions are layers.
+        basis (Tensor): ``(..., r, d_out)``; without influence, unless `transposed`.
         centered (bool): subtract each activation's mean over the samples: linear CKA as Kornblith et al. define it.
         transposed (bool): read Eq. 7 with :math:`\Delta H_i^T \Delta H_j` (N x N), which a reader may take it for: the
             activations cancel instead, and :math:`\sum_{i<j} \cos^2(b_i, b_j)` is left.
 
     Returns:
-        Tensor: a scalar.
+        Tensor: ``(...)``, in float32 at least.
 
     Raises:
         ValueError: for `transposed` without a basis, or together with `centered`.
@@ -41,4 +41,4 @@ def linear(
         raise ValueError(
             f"transposed=True compares the basis: give one, uncentred (basis {basis}, centered {centered})"
         )
-    return sum_of_pairs(cosines(basis.T).square())
+    return sum_of_pairs(cosines(basis.mT).square())

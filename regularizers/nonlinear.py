@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regularizers.columns import sum_of_pairs
-from regularizers.eager import eager_gradient
+from regularizers.eager import ValueAndGradients, with_gradients
 from regularizers.median import median_pair
 
 SPACING = 0.55  # of the bumps, in bandwidths: relative error of the kernel 2 exp(-pi^2 / (2 spacing^2)) = 2e-7
@@ -39,57 +39,83 @@ def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fractio
     dependence on the activations into account.
 
     Args:
-        activations (Tensor): ``(N, r)``, any float dtype; computed in float32 at least.
-        basis (Tensor): ``(r, d_out)``; taken for the common signature, it has no influence.
+        activations (Tensor): ``(..., N, r)``, any float dtype; leading dimensions are layers.
+        basis (Tensor): taken for the common signature, it has no influence.
         sigma_fraction (float): bandwidth as a fraction of the median distance. Default: 1; the paper gives none.
 
     Returns:
-        Tensor: a scalar, in float32 at least.
+        Tensor: ``(...)``, in float32 at least.
 
     Raises:
         ValueError: if sigma_fraction is not positive.
     """
     if sigma_fraction <= 0:
         raise ValueError(f"sigma_fraction is {sigma_fraction}; expected a positive fraction of the median distance")
-    return eager_gradient(partial(_nonlinear, sigma_fraction=sigma_fraction), activations, activations.new_zeros(()))
+    basis = activations.new_zeros(*activations.shape[:-2], 1, 1)  # without influence
+    return with_gradients(partial(_nonlinear, sigma_fraction=sigma_fraction), activations, basis)
 
 
-def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> Tensor:
-    with torch.autocast(activations.device.type, enabled=False):
-        values = activations.T.to(torch.promote_types(activations.dtype, torch.float32)).contiguous()  # (r, N)
-        if values.shape[1] < 2:
-            return values.sum() * 0
-        values = values - values.detach().median(dim=1, keepdim=True).values
-        largest = values.detach().abs().amax(dim=1, keepdim=True)
-        values = values / largest.where(largest > 0, torch.ones_like(largest))
+def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAndGradients:
+    """Of one layer, (N, r). Inside, a row is a subspace: (r, N)."""
+    values = activations.T.to(torch.promote_types(activations.dtype, torch.float32)).contiguous()
+    rank, count = values.shape
+    if count < 2 or rank < 2:
+        return values.new_zeros(()), None, None
+    values = values - values.median(dim=1, keepdim=True).values
+    largest = values.abs().amax(dim=1, keepdim=True)
+    largest = largest.where(largest > 0, torch.ones_like(largest))
+    values = values / largest
 
-        ordered, order = values.detach().sort(dim=1)
-        lower, upper = median_pair(ordered)
-        median = (values.gather(1, order.gather(1, upper)) - values.gather(1, order.gather(1, lower))).abs()
-        alive = median > 0
-        scaled = values / (sigma_fraction * median).where(alive, torch.ones_like(median))
-        scaled = scaled * alive - _closed_gaps(scaled.detach() * alive, order)
-        features = _bumps(scaled).flatten(0, 1)  # (r * bumps, N)
-        features = features - features.mean(dim=1, keepdim=True)
-        bumps = len(features) // len(values)
-        traces = (features @ features.T).square().view(len(values), bumps, len(values), bumps).sum(dim=(1, 3))
-        own = traces.diagonal()
-        norms = own.where(alive[:, 0], torch.ones_like(own)).sqrt()
-        both = alive & alive.T
-        return sum_of_pairs(traces / (norms[:, None] * norms[None, :]) * both)
+    ordered, order = values.sort(dim=1)
+    lower, upper = median_pair(ordered)
+    median = ordered.gather(1, upper) - ordered.gather(1, lower)
+    alive = median > 0
+    bandwidth = sigma_fraction * median.where(alive, torch.ones_like(median))
+    scaled = values / bandwidth * alive
+    value, to_scaled = _kernel_alignment(scaled - _closed_gaps(ordered / bandwidth * alive, order), alive[:, 0])
+
+    # scaled = values / bandwidth, and the bandwidth is the distance of the two samples of the median pair.
+    to_values = to_scaled / bandwidth
+    to_median = -(to_scaled * scaled).sum(dim=1, keepdim=True) / bandwidth * sigma_fraction
+    to_values.scatter_add_(1, order.gather(1, upper), to_median)
+    to_values.scatter_add_(1, order.gather(1, lower), -to_median)
+    gradient = (to_values * alive).T.to(torch.float64 if activations.device.type != "mps" else values.dtype)
+    gradient = gradient / largest.T
+    limit = torch.finfo(activations.dtype).max
+    return value, gradient.clamp(-limit, limit).to(activations.dtype), None
 
 
-def _closed_gaps(values: Tensor, order: Tensor) -> Tensor:
+def _kernel_alignment(values: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of Eq. 8 for kernels of bandwidth 1 on the rows of (r, N), and its gradient; dead rows count zero."""
+    rank, count = values.shape
+    away = _from_centres(values)  # (r, bumps, N)
+    bumps = away.shape[1]
+    features = away.square().neg_().exp_()
+    centred = (features - features.mean(dim=2, keepdim=True)).view(rank * bumps, count)
+    products = centred @ centred.T
+    blocks = products.view(rank, bumps, rank, bumps)
+    traces = blocks.square().sum(dim=(1, 3))
+    own = traces.diagonal()
+    norms = own.where(alive, torch.ones_like(own)).sqrt()
+    both = (alive[:, None] & alive).to(values.dtype).fill_diagonal_(0)
+    ratios = traces / (norms[:, None] * norms) * both
+    weights = 0.5 * both / (norms[:, None] * norms)  # of the traces; each pair is there twice
+    weights.diagonal().copy_(-0.5 * ratios.sum(dim=1) / norms.square())
+    to_features = (blocks * weights[:, None, :, None]).view_as(products) @ centred  # a quarter of it
+    gradient = to_features.view_as(features).mul_(features).mul_(away).sum(dim=1).mul_(-8)
+    return sum_of_pairs(ratios), gradient
+
+
+def _closed_gaps(ordered: Tensor, order: Tensor) -> Tensor:
     """How far to move each of (r, N) values down, so that no gap is wider than the kernel reaches."""
-    gaps = values.gather(1, order).diff(dim=1)
-    moved = torch.zeros_like(values)
-    moved[:, 1:] = (gaps - REACH).clamp(min=0).cumsum(dim=1)
-    return torch.zeros_like(values).scatter_(1, order, moved)
+    moved = torch.zeros_like(ordered)
+    moved[:, 1:] = (ordered.diff(dim=1) - REACH).clamp_(min=0).cumsum(dim=1)
+    return torch.zeros_like(ordered).scatter_(1, order, moved)
 
 
-def _bumps(values: Tensor) -> Tensor:
-    """exp(-(value - centre)^2) for a grid of centres that covers the values: (r, N) -> (r, bumps, N)."""
-    start = values.detach().amin(dim=1) - MARGIN
-    width = float((values.detach().amax(dim=1) - start).max()) + MARGIN
+def _from_centres(values: Tensor) -> Tensor:
+    """The distance of each value from each of the bumps that cover its row: (r, N) -> (r, bumps, N)."""
+    start = values.amin(dim=1) - MARGIN
+    width = float((values.amax(dim=1) - start).max()) + MARGIN
     centres = start[:, None] + SPACING * torch.arange(int(width / SPACING) + 2, device=values.device)
-    return (values[:, None, :] - centres[:, :, None]).square().neg().exp()
+    return values[:, None, :] - centres[:, :, None]

@@ -16,10 +16,10 @@ def overlap(activations: Tensor, basis: Tensor) -> Tensor:
     zero factor counts zero, so there is no gradient at LoRA's B = 0.
 
     Args:
-        activations (Tensor): ``(N, r)``, any float dtype.
-        basis (Tensor): ``(r, d_out)``.
+        activations (Tensor): ``(..., N, r)``, any float dtype; leading dimensions are layers.
+        basis (Tensor): ``(..., r, d_out)``.
 
     Returns:
-        Tensor: a scalar, in float32 at least.
+        Tensor: ``(...)``, in float32 at least.
     """
-    return sum_of_pairs((cosines(activations) * cosines(basis.T)).abs())
+    return sum_of_pairs((cosines(activations) * cosines(basis.mT)).abs())
