@@ -134,8 +134,10 @@ def sample_clips(clips: tuple[int, int, int], seed: int) -> pd.DataFrame:
 
 def encode_h264(path: Path, frames: np.ndarray, rate: int) -> None:
     """Write frames (T, H, W, 3) uint8 as an H.264 file, the same bytes for the same frames and version of x264."""
+    # cpu-independent: else the files differ between processors, and with AVX-512 between two calls in one process
+    options = {"crf": "20", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
