@@ -1,7 +1,7 @@
 """What an adapter is.
 
 An adapter is a frozen configuration with one method, `apply(model)`, that puts its trainable parts into a frozen
-model. A low-rank adapter puts branches into linear layers, and all that a branch has to show is its subspaces: for
+model. A low-rank adapter puts branches into linear maps, and all that a branch has to show is its subspaces: for
 inputs x (N, d_in)
 
     dY = activations @ basis        activations (N, r), basis (r, d_out)
@@ -16,14 +16,25 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from adapters.extend import Extension, restore
+from adapters.low_rank import Update, low_rank_linear
+
+Record = Callable[[str, Tensor, Tensor, torch.Size], None]
+"""Called with (role, activations, basis, shape of the input without its last dimension) while someone captures."""
 
 
 class Adapter(Protocol):
-    """A method of parameter-efficient fine-tuning: a frozen dataclass of its settings."""
+    """A method of parameter-efficient fine-tuning: a frozen dataclass of its settings.
+
+    Attributes:
+        name: its key in `ADAPTERS`.
+        not_mergeable: why it cannot be folded into the backbone's weights; "" where it can.
+    """
 
     name: ClassVar[str]
+    not_mergeable: ClassVar[str]
 
     def apply(self, model: nn.Module) -> None:
         """Put the trainable parts into `model`, in which nothing trains yet."""
@@ -34,44 +45,46 @@ class LowRankAdapter(Adapter, Protocol):
     """An adapter whose saved file can be read without the model that it was trained in (`adapters.stored`)."""
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """The tensors of a file that `save` wrote -> "<layer>.<role>": the pair of `AdaptedLinear.weight_subspaces`."""
+        """The tensors of a file that `save` wrote -> "<layer>.<role>": the pair of `Branched.weight_subspaces`."""
         ...
 
 
 class Branch(Protocol):
-    """The low-rank update of one slice of a linear layer, an `nn.Module`."""
+    """The low-rank update of one slice of a linear map, an `nn.Module`."""
 
     def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, d_in) -> activations (N, r) with the scale folded in, basis (r, d_out)."""
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear layer with low-rank branches, each on a slice of its outputs (the q of a fused qkv, say).
+class Branched(Extension):
+    """A module with a linear map that has low-rank branches, each on a slice of its outputs (the q of a fused qkv).
 
-    A layer becomes adapted in place (`adapt`): it stays the same object with the same `weight` and `bias`, so hooks,
-    shared modules and the backbone's state-dict keys are untouched, and it becomes the stock class again when it is
-    merged.
+    Attributes:
+        branches: by role, such as "q".
+        slices: role -> the rows of the weight, start and stop, that the branch updates.
+        record: what a forward pass calls for each branch, or None. `regularizers.capture` sets it.
     """
 
+    added = ("branches", "slices", "record")
     branches: nn.ModuleDict
     slices: dict[str, tuple[int, int]]
-    # Called with (role, activations, basis, shape of the input without its last dimension) while someone captures.
-    record: Callable[[str, Tensor, Tensor, torch.Size], None] | None
-    stock_class: type[nn.Linear]
+    record: Record | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_in) -> (..., d_out)."""
-        flat = x.reshape(-1, self.in_features)
-        out = F.linear(flat, self.weight, self.bias)
+    def linear_map(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (d_out, d_in) and the bias (d_out,) that the branches belong to."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out): the linear map and its branches."""
+        weight, bias = self.linear_map()
+        flat = x.reshape(-1, weight.shape[1])
+        updates: list[Update] = []
         for role, branch in self.branches.items():
             activations, basis = cast(Branch, branch).subspaces(flat)
             if self.record is not None:
                 self.record(role, activations, basis, x.shape[:-1])
-            start, stop = self.slices[role]
-            rows = out if stop - start == self.out_features else out[:, start:stop]
-            # In place: the update is accumulated by the product itself, without another pass over the output.
-            rows.addmm_(activations.to(out.dtype), basis.to(out.dtype))
-        return out.view(*x.shape[:-1], self.out_features)
+            updates.append((activations, basis, *self.slices[role]))
+        return low_rank_linear(flat, weight, bias, updates).view(*x.shape[:-1], weight.shape[0])
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -80,39 +93,36 @@ class AdaptedLinear(nn.Linear):
 
     def weight_subspaces(self, role: str) -> tuple[Tensor, Tensor]:
         """The rank-1 parts of the update's weight: the identity as input, activations (d_in, r), basis (r, d_out)."""
-        branch = self.branches[role]
+        branch, (weight, _) = self.branches[role], self.linear_map()
         training, dtype = branch.training, next(branch.parameters()).dtype
         try:
-            identity = torch.eye(self.in_features, device=self.weight.device, dtype=dtype)
+            identity = torch.eye(weight.shape[1], device=weight.device, dtype=dtype)
             return cast(Branch, branch.eval()).subspaces(identity)  # without dropout
         finally:
             branch.train(training)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add each branch to its rows of the weight, in float32, and become a stock layer again."""
-        for role, branch in self.branches.items():
-            branch.float()
+        """Add each branch to its rows of the weight, in float32, and become a stock module again."""
+        weight, _ = self.linear_map()
+        self.branches.float()
+        for role in self.branches:
             activations, basis = self.weight_subspaces(role)
             start, stop = self.slices[role]
-            rows = self.weight[start:stop]
+            rows = weight[start:stop]
             rows.copy_(rows.float() + (activations @ basis).T)
-        stock_class = self.stock_class
-        for attribute in ("branches", "slices", "record", "stock_class"):
-            delattr(self, attribute)
-        self.__class__ = stock_class  # type: ignore[assignment]  # the way back from `adapt`
+        restore(self)
 
 
-def adapt(linear: nn.Linear, role: str, rows: tuple[int, int], branch: nn.Module) -> None:
-    """Give `linear` a branch on its output rows `rows`, turning it into an `AdaptedLinear` in place."""
-    if not isinstance(linear, AdaptedLinear):
-        stock_class = cast(type[nn.Linear], type(linear))
-        linear.__class__ = AdaptedLinear
-        adapted = cast(AdaptedLinear, linear)
-        adapted.branches, adapted.slices, adapted.record, adapted.stock_class = nn.ModuleDict(), {}, None, stock_class
-    adapted = cast(AdaptedLinear, linear)
-    adapted.branches[role] = branch.train(linear.training)
-    adapted.slices[role] = rows
+class AdaptedLinear(Branched, nn.Linear):
+    """A linear layer with branches."""
+
+    def linear_map(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        return self.project(x)
 
 
 def branch_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

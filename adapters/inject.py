@@ -1,4 +1,4 @@
-"""Put an adapter into a model, count what trains, and fold it back into the weights."""
+"""Put an adapter into a model, show and count what trains, and fold it back into the weights."""
 
 from __future__ import annotations
 
@@ -8,34 +8,42 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from adapters.base import AdaptedLinear, Adapter
+from adapters.base import Adapter, Branched
+from adapters.extend import Extension
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What `inject` did to a model; kept on it as `model.injection`."""
+    """What `inject` did to a model; kept on it as `model.injection`, also when it has been merged."""
 
     adapter: Adapter
     train: tuple[str, ...]
+    own: frozenset[str]
+    """Names of the parameters that the adapter brought, or chose to train (biases, say)."""
+    merged: bool = False
 
 
-def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = ()) -> nn.Module:
+def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, show: bool = False) -> nn.Module:
     """Freeze `model`, put `adapter` into it, and let the submodules or parameters named in `train` train too. In place.
 
     Args:
         model: any module that holds known architectures (see `adapters.targets`), at any depth.
         adapter: one of `ADAPTERS`, configured.
         train: paths of submodules or parameters that train besides the adapter, such as `("head",)`.
+        show: print `adapter_table(model)`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if the model already holds an adapter, a target is nowhere in it, or a name in `train` is unknown.
+        ValueError: if the model holds an adapter already or one was merged into it, if a target is nowhere in it, or if
+            a name in `train` is unknown.
     """
     train = (train,) if isinstance(train, str) else tuple(train)
-    if (held := injection(model)) is not None:
-        raise ValueError(f"{type(model).__name__} already holds {held.adapter}; inject into a fresh model")
+    held: Injection | None = getattr(model, "injection", None)
+    if held is not None:
+        why = "had its adapter merged into its weights" if held.merged else f"already holds {held.adapter}"
+        raise ValueError(f"this {type(model).__name__} {why}; inject into a fresh model")
     before = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     if unknown := [name for name in train if name not in before]:
         close = difflib.get_close_matches(unknown[0], before, n=3) or [n for n, _ in model.named_children()]
@@ -45,32 +53,39 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = ()) -> nn.
 
     model.requires_grad_(False)
     adapter.apply(model)
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own = frozenset() if adapter.name == "full" else frozenset(trains)
     for name, parameter in model.named_parameters():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in train):
             parameter.requires_grad_(True)
-    object.__setattr__(model, "injection", Injection(adapter, train))
+    object.__setattr__(model, "injection", Injection(adapter, train, own))
+    if show:
+        print(adapter_table(model))
     return model
 
 
 def injection(model: nn.Module) -> Injection | None:
-    """What was injected into `model`, or None."""
-    return getattr(model, "injection", None)
+    """What was injected into `model`, or None where nothing was or it has been merged."""
+    held: Injection | None = getattr(model, "injection", None)
+    return None if held is None or held.merged else held
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Fold the adapter into the weights: the backbone's own classes and state-dict keys, the same outputs. In place.
 
-    Branches are added to the weights in float32. What trained besides the adapter (`train`) keeps its values.
+    Updates are added to the weights in float32. What trained besides the adapter (`train`) keeps its values.
 
     Raises:
-        ValueError: if the model holds no adapter.
+        ValueError: if the model holds no adapter, or one that cannot be folded in; the message says why.
     """
-    if injection(model) is None:
+    if (held := injection(model)) is None:
         raise ValueError(f"{type(model).__name__} holds no adapter: nothing to merge")
+    if held.adapter.not_mergeable:
+        raise ValueError(f"{held.adapter.name} cannot be merged: {held.adapter.not_mergeable}")
     for module in list(model.modules()):
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, Extension):
             module.merge()
-    del model.injection
+    object.__setattr__(model, "injection", Injection(held.adapter, held.train, frozenset(), merged=True))
     return model
 
 
@@ -80,6 +95,39 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def adapter_parameters(model: nn.Module) -> set[str]:
-    """The names of the parameters that the adapter itself brought into the model (not what `train` named)."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    return {f"{name}.branches.{key}" for name, layer in layers for key, _ in layer.branches.named_parameters()}
+    """The names of the parameters that train because of the adapter (not what `train` named; none for `full`)."""
+    held = injection(model)
+    return set(held.own) if held else set()
+
+
+def adapter_table(model: nn.Module) -> str:
+    """What trains in `model`, for people: a line for each low-rank update, and one for each other module with its own.
+
+    Columns: module and role, shape of the linear map (d_in -> d_out), rank, parameters. Parameters that several layers
+    share are counted where they stand first.
+    """
+    rows = [("layer", "shape", "rank", "parameters")]
+    counted: set[int] = set()
+
+    def count(parameters: Iterable[nn.Parameter]) -> int:
+        new = [p for p in parameters if p.requires_grad and id(p) not in counted]
+        counted.update(map(id, new))
+        return sum(p.numel() for p in new)
+
+    for name, module in model.named_modules():
+        if isinstance(module, Branched):
+            d_in = module.linear_map()[0].shape[1]
+            for role, branch in module.branches.items():
+                start, stop = module.slices[role]
+                rank = len(module.weight_subspaces(role)[1])
+                rows.append(
+                    (f"{name}.{role}", f"{d_in} -> {stop - start}", str(rank), f"{count(branch.parameters()):,}")
+                )
+    for name, module in model.named_modules():
+        if own := count(module.parameters(recurse=False)):
+            rows.append((name or type(model).__name__, "", "", f"{own:,}"))
+    rows.append(("total", "", "", f"{trainable_parameters(model):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
+    )

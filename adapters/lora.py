@@ -4,62 +4,85 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import adapt, branch_tensors
-from adapters.targets import check_targets, find_sites
+from adapters.base import branch_tensors
+from adapters.targets import adapt, check_targets, compiled, find_sites, rank_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
-    r"""Add a trainable low-rank update to linear layers: :math:`Y = X W^T + \frac{\alpha}{r} X A^T B^T`.
-
-    Each of q, k and v has its own A and B, also where the backbone computes them in one fused layer (the reading that
-    gives the 0.44 M parameters of the ReSoRA paper's Table 2). A starts uniform in +-1/sqrt(d_in), B at zero, so that
-    the adapted model starts as the backbone.
+class LowRank:
+    """The settings that LoRA and its relatives share.
 
     Args:
         rank: number of rank-1 subspaces r. Default: 8, as in the paper.
         alpha: the update is scaled by alpha / rank. Default: 8; the paper is silent.
-        targets: semantic targets. Default: q and v, as for BERT in the paper's Table 1.
+        targets: semantic targets, or a regular expression (see `adapters.targets`). Default: q and v, as for BERT in
+            the paper's Table 1.
         dropout: probability of dropping an input of the branch in training. Default: 0.
+        rank_pattern: other ranks for some layers: regular expression -> rank; the first that is found in
+            "<layer>.<role>" counts, such as ``{"visual": 4}`` for one tower of CLIP.
 
     Raises:
         ValueError: for a rank below 1, an alpha that is not positive, a dropout outside [0, 1) or unknown targets.
     """
 
-    name: ClassVar[str] = "lora"
+    name: ClassVar[str]
+    not_mergeable: ClassVar[str] = ""
     rank: int = 8
     alpha: float = 8.0
-    targets: tuple[str, ...] = ("q", "v")
+    targets: str | tuple[str, ...] = ("q", "v")
     dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", self.targets if isinstance(self.targets, str) else tuple(self.targets))
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         check_targets(self.targets)
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        ranks = [self.rank, *self.rank_pattern.values()]
+        if min(ranks) < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(
-                "LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, "
-                f"but got rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+                f"{type(self).__name__} needs rank >= 1, alpha > 0 and 0 <= dropout < 1, "
+                f"but got rank={', '.join(map(str, ranks))}, alpha={self.alpha}, dropout={self.dropout}"
             )
+        for pattern in self.rank_pattern:
+            compiled(pattern)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def branch(self, d_in: int, d_out: int, rank: int) -> nn.Module:
+        """The trainable part of one target."""
+        raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
-        for _, layer, role, start, stop in find_sites(model, self.targets):
-            branch = LoRABranch(layer.in_features, stop - start, self.rank, self.scale, self.dropout)
-            adapt(layer, role, (start, stop), branch.to(device=layer.weight.device, dtype=layer.weight.dtype))
+        sites = find_sites(model, self.targets)
+        if unused := [p for p in self.rank_pattern if not any(compiled(p).search(site.key) for site in sites)]:
+            raise ValueError(f"rank_pattern {unused[0]!r} is found in none of the targets, such as {sites[0].key}")
+        for site in sites:
+            adapt(site, self.branch(site.d_in, site.d_out, rank_of(site, self.rank, self.rank_pattern)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LowRank):
+    r"""Add a trainable low-rank update to linear layers: :math:`Y = X W^T + \frac{\alpha}{r} X A^T B^T`.
+
+    Each of q, k and v has its own A and B, also where the backbone computes them in one fused layer (the reading that
+    gives the 0.44 M parameters of the ReSoRA paper's Table 2). A starts uniform in +-1/sqrt(d_in), B at zero, so that
+    the adapted model starts as the backbone. The settings are those of `LowRank`.
+    """
+
+    name: ClassVar[str] = "lora"
+
+    def branch(self, d_in: int, d_out: int, rank: int) -> nn.Module:
+        return LoRABranch(d_in, d_out, rank, self.alpha / rank, self.dropout)
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """See `LowRankAdapter`: activations = scale A^T (d_in, r), basis = B^T (r, d_out)."""
-        return {name: (part["A"].T * self.scale, part["B"].T) for name, part in branch_tensors(tensors).items()}
+        parts = branch_tensors(tensors)
+        return {name: (part["A"].T * (self.alpha / len(part["A"])), part["B"].T) for name, part in parts.items()}
 
 
 class LoRABranch(nn.Module):

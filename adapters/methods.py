@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from adapters.base import Adapter
 from adapters.lora import LoRA
-from adapters.whole import Full, Linear
+from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "full": Full,
     "linear": Linear,
+    "partial": Partial,
     "lora": LoRA,
 }

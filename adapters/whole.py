@@ -1,4 +1,4 @@
-"""The two ends of every comparison: train everything, or nothing but the head."""
+"""What trains without new parameters: everything, nothing but the head, or a part of the backbone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import ClassVar
 
 from torch import nn
 
+from adapters.towers import find_towers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
     """Full fine-tuning: every parameter of the backbone trains ("Full" in the paper's tables)."""
 
     name: ClassVar[str] = "full"
+    not_mergeable: ClassVar[str] = ""
 
     def apply(self, model: nn.Module) -> None:
         model.requires_grad_(True)
@@ -20,9 +23,46 @@ class Full:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A frozen backbone: only what `inject(..., train=...)` names trains ("Linear", "Partially")."""
+    """A frozen backbone: only what `inject(..., train=...)` names trains ("Linear" in the paper's tables)."""
 
     name: ClassVar[str] = "linear"
+    not_mergeable: ClassVar[str] = ""
 
     def apply(self, model: nn.Module) -> None:
         pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial:
+    """The backbone's own last linear map trains, and its last blocks if wanted ("Partially" in the paper's Table 1).
+
+    With `blocks=0`, the paper's reading: CLIP's two projections (655,360 parameters in ViT-B/32). BERT has no projection
+    of its own; there the retrieval head, which `inject(..., train=...)` names, is all that trains.
+
+    Args:
+        blocks: how many of each tower's last blocks train as well. Default: 0.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    name: ClassVar[str] = "partial"
+    not_mergeable: ClassVar[str] = ""
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0:
+            raise ValueError(f"partial needs blocks >= 0, but got {self.blocks}")
+
+    def apply(self, model: nn.Module) -> None:
+        for tower in find_towers(model, method=self.name):
+            if self.blocks > len(tower.blocks):
+                raise ValueError(
+                    f"partial with blocks={self.blocks}: {tower.name or 'the model'} has {len(tower.blocks)}"
+                )
+            for block in tower.blocks[len(tower.blocks) - self.blocks :]:
+                block.module.requires_grad_(True)
+            for name in ("proj", "text_projection"):
+                projection = getattr(tower.module, name, None)
+                if isinstance(projection, nn.Parameter | nn.Linear):
+                    projection.requires_grad_(True)

@@ -10,19 +10,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ValueAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
-"""A scalar, and its gradients to activations (N, r) and basis (r, d_out); None for zero."""
+"""A scalar for each of L layers (L,), and its gradients to activations (L, N, r) and basis (L, r, d_out); None for zero."""
+
+TOGETHER = 1 << 20  # activations of the layers that are handed over at once: a bound on the memory of their copies
 
 
 def with_gradients(
     function: Callable[[Tensor, Tensor], ValueAndGradients], activations: Tensor, basis: Tensor
 ) -> Tensor:
-    """A measure of each layer from a function of one layer that also gives the gradients.
+    """A measure of each layer from a function of several layers that also gives the gradients.
 
     A measure runs in every adapted layer. Its intermediate tensors, many times larger than (N, r), would all be kept
     until the backward pass; the gradients of a scalar have the size of its arguments.
 
     Args:
-        function: (N, r), (r, d_out) -> value and gradients; runs without autograd and autocast.
+        function: (L, N, r), (L, r, d_out) -> values and gradients; runs without autograd and autocast.
         activations: ``(..., N, r)``.
         basis: ``(..., r, d_out)``.
 
@@ -41,14 +43,15 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, function: Callable[[Tensor, Tensor], ValueAndGradients], activations: Tensor, basis: Tensor
     ) -> Tensor:
         with torch.autocast(activations.device.type, enabled=False):
-            results = [function(*layer) for layer in zip(activations, basis, strict=True)]
-            values, *gradients = zip(*results, strict=True)
+            at_once = max(1, TOGETHER // max(1, activations[0].numel()))
+            groups = zip(activations.split(at_once), basis.split(at_once), strict=True)
+            values, *gradients = zip(*(function(*group) for group in groups), strict=True)
             saved = [
-                torch.stack(found) if needed and found[0] is not None else None
+                torch.cat(found) if needed and found[0] is not None else None
                 for needed, found in zip(ctx.needs_input_grad[1:], gradients, strict=True)
             ]
             ctx.save_for_backward(*saved)
-            return torch.stack(values)
+            return torch.cat(values)
 
     @staticmethod
     @once_differentiable

@@ -56,33 +56,39 @@ def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fractio
 
 
 def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAndGradients:
-    """Of one layer, (N, r). Inside, a row is a subspace: (r, N)."""
-    values = activations.T.to(torch.promote_types(activations.dtype, torch.float32)).contiguous()
-    rank, count = values.shape
+    """Of several layers at once, (L, N, r). Inside, a row is a subspace: (L r, N)."""
+    layers, count, rank = activations.shape
+    values = activations.mT.to(torch.promote_types(activations.dtype, torch.float32)).reshape(layers * rank, count)
     if count < 2 or rank < 2:
-        return values.new_zeros(()), None, None
-    values = values - values.median(dim=1, keepdim=True).values
-    largest = values.abs().amax(dim=1, keepdim=True)
-    largest = largest.where(largest > 0, torch.ones_like(largest))
-    values = values / largest
-
+        return values.new_zeros(layers), None, None
     ordered, order = values.sort(dim=1)
+    middle = ordered[:, (count - 1) // 2, None].clone()
+    values, ordered = values - middle, ordered.sub_(middle)
+    largest = torch.maximum(ordered[:, -1:], -ordered[:, :1])
+    largest = largest.where(largest > 0, torch.ones_like(largest))
+    values, ordered = values.div_(largest), ordered.div_(largest)
+
     lower, upper = median_pair(ordered)
     median = ordered.gather(1, upper) - ordered.gather(1, lower)
     alive = median > 0
     bandwidth = sigma_fraction * median.where(alive, torch.ones_like(median))
-    scaled = values / bandwidth * alive
-    value, to_scaled = _kernel_alignment(scaled - _closed_gaps(ordered / bandwidth * alive, order), alive[:, 0])
+    scaled = values.div_(bandwidth).mul_(alive)
+    near = scaled - _closed_gaps(ordered.div_(bandwidth).mul_(alive), order)
+    aligned = [
+        _kernel_alignment(*layer)
+        for layer in zip(near.view(layers, rank, count), alive.view(layers, rank), strict=True)
+    ]  # fmt: skip
+    value, to_scaled = torch.stack([v for v, _ in aligned]), torch.cat([g for _, g in aligned])
 
     # scaled = values / bandwidth, and the bandwidth is the distance of the two samples of the median pair.
     to_values = to_scaled / bandwidth
     to_median = -(to_scaled * scaled).sum(dim=1, keepdim=True) / bandwidth * sigma_fraction
     to_values.scatter_add_(1, order.gather(1, upper), to_median)
     to_values.scatter_add_(1, order.gather(1, lower), -to_median)
-    gradient = (to_values * alive).T.to(torch.float64 if activations.device.type != "mps" else values.dtype)
-    gradient = gradient / largest.T
+    gradient = (to_values * alive).to(torch.float64 if activations.device.type != "mps" else values.dtype) / largest
     limit = torch.finfo(activations.dtype).max
-    return value, gradient.clamp(-limit, limit).to(activations.dtype), None
+    gradient = gradient.clamp(-limit, limit).to(activations.dtype)
+    return value, gradient.view(layers, rank, count).mT, None
 
 
 def _kernel_alignment(values: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:

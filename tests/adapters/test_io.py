@@ -68,6 +68,7 @@ def test_the_file_holds_what_trains_and_its_configuration(tmp_path: Path) -> Non
         "alpha": 8.0,
         "targets": ["q"],
         "dropout": 0.0,
+        "rank_pattern": {},
     }
 
 

@@ -180,7 +180,8 @@ def test_runs_under_autocast_and_deepcopy(vit: nn.Module) -> None:
         ({"alpha": -1}, "alpha > 0"),
         ({"dropout": 1.0}, "dropout < 1"),
         ({"targets": ("query",)}, "q, k, v, o, fc1, fc2"),
-        ({"targets": "qv"}, "expected a sequence"),
+        ({"targets": "q("}, "no regular expression"),
+        ({"rank_pattern": {"visual": 0}}, "rank=8, 0"),
         ({"targets": ("q", "q")}, "distinct"),
     ],
 )
