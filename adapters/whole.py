@@ -36,8 +36,8 @@ class Linear:
 class Partial:
     """The backbone's own last linear map trains, and its last blocks if wanted ("Partially" in the paper's Table 1).
 
-    With `blocks=0`, the paper's reading: CLIP's two projections (655,360 parameters in ViT-B/32). BERT has no projection
-    of its own; there the retrieval head, which `inject(..., train=...)` names, is all that trains.
+    With `blocks=0`, the paper's reading: CLIP's two projections (655,360 parameters in ViT-B/32). BERT has none of its
+    own; there the retrieval head, which `inject(..., train=...)` names, is all that trains.
 
     Args:
         blocks: how many of each tower's last blocks train as well. Default: 0.

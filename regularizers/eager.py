@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ValueAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
-"""A scalar for each of L layers (L,), and its gradients to activations (L, N, r) and basis (L, r, d_out); None for zero."""
+"""A scalar for each of L layers (L,), its gradients to activations (L, N, r) and basis (L, r, d_out); None for zero."""
 
 TOGETHER = 1 << 20  # activations of the layers that are handed over at once: a bound on the memory of their copies
 

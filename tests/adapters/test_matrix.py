@@ -1,0 +1,218 @@
+"""Every method on every architecture: the cells of the table in docs/adapters.md, none of which is only a claim."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import BACKBONES, build, inputs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters import ADAPTERS, Adapter, inject, load, merge, save
+from adapters.extend import Extension
+from regularizers import capture
+
+ARCHITECTURES = {"BERT": ("bert",), "CLIP": ("clip", "clip, own attention"), "ViT": ("vit",), "Swin": ("swin",),
+                 "ConvNeXt": ("convnext",)}  # fmt: skip
+# Sizes that suit the small models; the defaults are the papers'.
+SETTINGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("lora", "moslora", "adalora"), {"rank": 3, "targets": ("q", "v", "fc1")}),
+    **dict.fromkeys(("fact_tt", "fact_tk"), {"rank": 3, "dropout": 0.0}),
+    "houlsby": {"bottleneck": 4},
+    "adaptformer": {"bottleneck": 4, "dropout": 0.0},
+    "prefix": {"prompts": 3, "hidden": 8},
+    "vpt": {"prompts": 2},
+    "lst": {"reduction": 4},
+    "unipt": {"dim": 8},
+}
+NO_ATTENTION = {"targets": ("fc1", "fc2")}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """docs/adapters.md: method -> column -> "yes" or "no: why"."""
+    lines = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = list(itertools.takewhile(lambda row: len(row) == len(rows[0]), rows))
+    return {row[0].strip("`"): dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+
+
+TABLE = table()
+CELLS = [
+    (method, backbone, row[column])
+    for method, row in TABLE.items()
+    for column, backbones in ARCHITECTURES.items()
+    for backbone in backbones
+    if method in ADAPTERS
+]
+WORKS = [(method, backbone) for method, backbone, cell in CELLS if cell == "yes"]
+MERGES = [(method, backbone) for method, backbone in WORKS if TABLE[method]["merges"] == "yes"]
+
+
+def configured(method: str, backbone: str) -> Adapter:
+    settings = dict(SETTINGS.get(method, {}))
+    if backbone == "convnext" and "targets" in settings:
+        settings |= NO_ATTENTION
+    return ADAPTERS[method](**settings)
+
+
+def adapted(method: str, backbone: str) -> nn.Module:
+    model = build(backbone)
+    torch.manual_seed(2)
+    return inject(model, configured(method, backbone), train=("head",))
+
+
+def trained(method: str, backbone: str, steps: int = 2) -> nn.Module:
+    """A few large steps, so that nothing is at its first value."""
+    model = adapted(method, backbone).train()
+    for _ in _steps(model, backbone, steps):
+        pass
+    return model.eval()
+
+
+def _steps(model: nn.Module, backbone: str, steps: int) -> Iterator[None]:
+    """Yields between the backward pass and the step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(*inputs(backbone)), torch.tensor([0, 1, 2])).backward()
+        yield
+        optimizer.step()
+
+
+def test_the_table_names_every_adapter() -> None:
+    assert set(ADAPTERS) == set(TABLE)
+
+
+@pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, cell in CELLS if cell != "yes"])
+def test_a_no_is_an_error(method: str, backbone: str) -> None:
+    with pytest.raises(ValueError, match=method):
+        inject(build(backbone), configured(method, backbone))
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_what_should_train_does_and_nothing_else(method: str, backbone: str) -> None:
+    stock, model = build(backbone), adapted(method, backbone).train()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} <= trains
+    if method != "full":
+        assert any(not p.requires_grad for p in model.parameters())
+    reached: set[str] = set()
+    for _ in _steps(model, backbone, 2):
+        reached |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    # At a size of three blocks not every bias of a key, say, has an influence: softmax does not see it.
+    dead = {n for n in trains - reached if not _cannot_matter(n)}
+    assert not dead, sorted(dead)[:5]
+    assert reached <= trains
+    for name, parameter in stock.named_parameters():
+        if name not in trains:
+            assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def _cannot_matter(name: str) -> bool:
+    """A constant added to every key moves each logit of a query alike; no loss here has a temperature."""
+    return name.endswith(("key.bias", "k_proj.bias", "logit_scale"))
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_it_starts_as_the_table_says(method: str, backbone: str) -> None:
+    expected = build(backbone)(*inputs(backbone))
+    actual = adapted(method, backbone)(*inputs(backbone))
+    same = torch.allclose(actual, expected, atol=1e-5)
+    assert same == (TABLE[method]["starts as the backbone"] == "yes")
+
+
+@pytest.mark.parametrize(("method", "backbone"), MERGES)
+def test_merging_gives_the_stock_model(method: str, backbone: str) -> None:
+    model, stock, x = trained(method, backbone), build(backbone), inputs(backbone)
+    expected = model(*x)
+    merge(model)
+    torch.testing.assert_close(model(*x), expected, atol=1e-5, rtol=1e-5)
+    assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in stock.named_modules()}
+    stock.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(stock(*x), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="merged into its weights"):
+        inject(model, configured(method, backbone))
+
+
+@pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell not in MERGES])
+def test_what_cannot_merge_says_why(method: str, backbone: str) -> None:
+    model = adapted(method, backbone)
+    with pytest.raises(ValueError, match=f"{method} cannot be merged: "):
+        merge(model)
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_a_saved_file_gives_the_same_outputs(method: str, backbone: str, tmp_path: Path) -> None:
+    model, x = trained(method, backbone), inputs(backbone)
+    save(model, tmp_path / "a.safetensors")
+    assert torch.equal(load(build(backbone), tmp_path / "a.safetensors").eval()(*x), model(*x))
+    if method != "full":
+        other = build(backbone)
+        for parameter in other.backbone.parameters():
+            parameter.data += 1
+        with pytest.raises(ValueError, match="another backbone"):
+            load(other, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_copies_autocast_and_other_devices(method: str, backbone: str, tmp_path: Path) -> None:
+    model, x = trained(method, backbone), inputs(backbone)
+    expected = model(*x)
+    assert torch.equal(copy.deepcopy(model)(*x), expected)
+    torch.save(model, tmp_path / "whole.pt")
+    assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(*x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(*x)
+    assert half.isfinite().all() and (half - expected).abs().mean() < 0.1 * expected.abs().mean() + 0.05
+
+    for target in (torch.device("meta"), torch.bfloat16):
+        moved = inject(build(backbone).to(target), configured(method, backbone))
+        kind = {p.device.type if isinstance(target, torch.device) else p.dtype for p in moved.parameters()}
+        assert kind == {"meta" if isinstance(target, torch.device) else target}
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_gradient_checkpointing_changes_nothing(method: str, backbone: str) -> None:
+    model, x = trained(method, backbone).train(), inputs(backbone)
+    plain = _gradients(model, x)
+    if backbone == "bert":
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.backbone.set_grad_checkpointing(True)
+    checkpointed = _gradients(model, x)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def _gradients(model: nn.Module, x: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(*x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+SUBSPACES = ("lora", "moslora", "adalora", "fact_tt", "fact_tk", "dtl", "dtl_plus", "houlsby", "adaptformer")
+
+
+@pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell[0] in SUBSPACES])
+def test_subspaces_are_captured_with_their_gradient(method: str, backbone: str) -> None:
+    model = trained(method, backbone).train()
+    with capture(model) as subspaces:
+        model(*inputs(backbone))
+    assert subspaces
+    sum(s.activations.square().sum() + s.basis.square().sum() for s in subspaces.values()).backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    for module in model.modules():
+        assert getattr(module, "record", None) is None
+
+
+def test_every_backbone_is_in_the_table() -> None:
+    assert {name for names in ARCHITECTURES.values() for name in names} == set(BACKBONES)
+    assert Extension.added == ()
