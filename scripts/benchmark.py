@@ -3,6 +3,7 @@
 python scripts/benchmark.py regularizers
 python scripts/benchmark.py regularizers --batch 8 --pairs 31 --threads 1
 python scripts/benchmark.py regularizers --measures linear --output /tmp/benchmarks
+python scripts/benchmark.py adapters
 
 Times are ratios of neighbouring runs; still, give it a machine that does nothing else.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import adapters  # noqa: F401  (before timm)
@@ -20,15 +22,12 @@ DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 def main(arguments: list[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
-    subject = options.pop("subject")
-    assert subject == "regularizers"
-    import benchmarks.regularizers as regularizers
-
+    subject = import_module(f"benchmarks.{options.pop('subject')}")
     try:
-        settings = regularizers.Settings(**options)
+        settings = subject.Settings(**options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    regularizers.run(settings)
+    subject.run(settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="vit_base_patch16_224", help="a timm ViT")
     add("--image-size", type=int, default=224, help="pixels")
     add("--output", type=Path, default=DOCS, help="folder for regularizers.md and regularizers.json")
+    add = subjects.add_parser(
+        "adapters",
+        help="time, memory and FLOPs of each adapter's training step on ViT-B/16 and BERT-base",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("--backbones", nargs="+", choices=("vit", "bert"), default=("vit", "bert"), help="what is adapted")
+    add("--methods", nargs="+", default=(), metavar="METHOD", help="rows; all that go into the backbone by default")
+    add("--batch", type=int, default=4, help="images in a step, and a quarter of its sentences")
+    add("--pairs", type=int, default=15, help="pairs of steps for LoRA")
+    add("--few-pairs", type=int, default=7, help="pairs of steps for the other rows")
+    add("--threads", type=int, default=torch.get_num_threads(), help="compute threads")
+    add("--tiny", action="store_true", help="two blocks of each backbone, to try it out")
+    add("--output", type=Path, default=DOCS, help="folder for adapters.md and adapters.json")
     return parser
 
 

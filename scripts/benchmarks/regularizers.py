@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
-from datetime import date
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from adapters import ADAPTERS
+from benchmarks.machine import described, in_fresh_process
 from benchmarks.measure import count, paired_ratios
 from benchmarks.naive_equations import NAIVE
 from benchmarks.regularizers_page import page
@@ -31,7 +24,6 @@ from regularizers import REGULARIZERS
 
 FEW_PAIRS = 5  # for the equations as printed: slow, and far enough from 1
 WARM_UP = 2
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +90,8 @@ def run(settings: Settings) -> None:
     """Measure, print the page and write it with the raw numbers beside it."""
     torch.set_num_threads(settings.threads)
     table = rows(settings)
-    results: dict[str, Any] = {"settings": described(settings), "rows": [], "growth": []}
+    repeats = {"few_pairs": min(FEW_PAIRS, settings.pairs), "warm_up": WARM_UP}
+    results: dict[str, Any] = {"settings": described(settings) | repeats, "rows": [], "growth": []}
     options = (settings.model, settings.image_size, settings.threads)
     counts = {row: in_fresh_process(account, astuple(row), *options) for row in tqdm(table, desc="count", unit="row")}
     ratios = time_rows(table, settings)
@@ -121,29 +114,6 @@ def run(settings: Settings) -> None:
     (settings.output / "regularizers.md").write_text(text, encoding="utf-8")
     (settings.output / "regularizers.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"written to {settings.output}/regularizers.md and .json")
-
-
-def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a new interpreter whose resident memory follows what is in use.
-
-    By default glibc keeps freed memory for later, more or less of it from run to run; others ignore the variable.
-    """
-    with (
-        _environment(MALLOC_MMAP_THRESHOLD_="65536"),
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
-    ):
-        return process.submit(function, *arguments).result()
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def time_rows(table: list[Row], settings: Settings) -> dict[Row, list[float]]:
@@ -189,24 +159,3 @@ def growth(settings: Settings, rank: int = 8, width: int = 768) -> list[dict[str
             times = paired_ratios(first, partial(evaluate, function, samples), pairs, warm_up=WARM_UP)
         found.append({"form": form, "samples": size, "counts": asdict(counts), "time_ratios": times})
     return found
-
-
-def described(settings: Settings) -> Mapping[str, Any]:
-    """The settings, and the machine and versions that they ran on."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
-    )
-    return {
-        **asdict(settings),
-        "output": str(settings.output),
-        "few_pairs": min(FEW_PAIRS, settings.pairs),
-        "warm_up": WARM_UP,
-        "command": f"python {shlex.join(sys.argv)}",
-        "date": date.today().isoformat(),
-        "processor": model or platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []

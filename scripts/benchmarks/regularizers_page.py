@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.measure import median_interval
 from benchmarks.naive_equations import NAIVE
+from benchmarks.tables import markdown, time_ratio, verdict
 
 # Table 6 of the paper: memory (GB), FLOPs (T), time (%).
 PAPER = {
@@ -100,7 +100,7 @@ def _rows(rows: list[Mapping[str, Any]]) -> str:
             [
                 f"{row['label']}{as_printed}",
                 str(row["batch"]),
-                _time(row["time_ratios"]),
+                time_ratio(row["time_ratios"]),
                 *(_relative(row, key) for key in ("peak_bytes", "kept_bytes", "resident_bytes")),
                 f"x {_ratio(row, 'flops'):.5f}",
                 f"x {_ratio(row, 'elementwise'):.2f}",
@@ -108,7 +108,7 @@ def _rows(rows: list[Mapping[str, Any]]) -> str:
             ]
         )
     heads = ["Step", "Batch", "Time", "Memory", "Kept", "Resident", "FLOPs", "Elementwise", "Paper"]
-    return _markdown(heads, lines)
+    return markdown(heads, lines)
 
 
 def _targets(rows: list[Mapping[str, Any]], batch: int) -> str:
@@ -118,14 +118,13 @@ def _targets(rows: list[Mapping[str, Any]], batch: int) -> str:
         if measure not in found:
             continue
         if cost == "time":
-            measured = _time(found[measure]["time_ratios"])
-            _, low, high = median_interval(found[measure]["time_ratios"])
-            reached = "yes" if high <= target else "no" if low > target else "not decided"
+            measured = time_ratio(found[measure]["time_ratios"])
+            reached = verdict(found[measure]["time_ratios"], target)
         else:
             ratio = _ratio(found[measure], KEYS[cost])
             measured, reached = f"x {ratio:.5f}", "yes" if ratio <= target else "no"
         lines.append([measure, cost, f"x {target}", measured, reached])
-    return _markdown(["Measure", "Cost", "Target at most", "Measured", "Reached"], lines)
+    return markdown(["Measure", "Cost", "Target at most", "Measured", "Reached"], lines)
 
 
 def _growth(rows: list[Mapping[str, Any]]) -> str:
@@ -138,7 +137,7 @@ def _growth(rows: list[Mapping[str, Any]]) -> str:
                 row["form"] if row["form"] == "nonlinear" else f"{row['form']} as printed",
                 f"{samples:,}",
                 f"x {samples / first['samples']:.2f}",
-                _time(row["time_ratios"]),
+                time_ratio(row["time_ratios"]),
                 f"{counts['peak_bytes'] / 1e6:.1f} MB, x {counts['peak_bytes'] / first['counts']['peak_bytes']:.2f}",
                 f"x {counts['flops'] / first['counts']['flops']:.2f}",
                 f"{counts['largest']:,}",
@@ -146,7 +145,7 @@ def _growth(rows: list[Mapping[str, Any]]) -> str:
             ]
         )
     heads = ["Form", "N", "N relative", "Time", "Peak memory", "FLOPs", "Largest tensor (elements)", "of N^2"]
-    return _markdown(heads, lines)
+    return markdown(heads, lines)
 
 
 def _ratio(row: Mapping[str, Any], key: str) -> float:
@@ -155,14 +154,3 @@ def _ratio(row: Mapping[str, Any], key: str) -> float:
 
 def _relative(row: Mapping[str, Any], key: str) -> str:
     return f"{row['counts'][key] / 1e6:,.0f} MB, x {_ratio(row, key):.4f}"
-
-
-def _time(ratios: list[float]) -> str:
-    if not ratios:
-        return "-"
-    median, low, high = median_interval(ratios)
-    return f"x {median:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _markdown(heads: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])

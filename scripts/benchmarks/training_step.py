@@ -45,31 +45,34 @@ def has_subspaces(adapter: str, model: str, image_size: int) -> bool:
         return False
 
 
-class TrainingStep:
-    """A ViT with random weights, an adapter, its head trained, AdamW, and one batch of noise; float32.
+class Step:
+    """A model in training, AdamW on what trains, and one batch with labels.
 
     Args:
-        adapter: a name in `ADAPTERS`, with its defaults; "lora" has rank 8 on q, k and v, as in the paper.
-        batch: images.
-        model: name of a timm ViT.
-        image_size: pixels; (image_size / patch)^2 + 1 tokens an image.
+        model: returns logits.
+        inputs: what it is called with.
+        labels: (B,).
+        precision: bfloat16 runs the forward pass under autocast.
     """
 
-    def __init__(self, adapter: str, batch: int, model: str, image_size: int) -> None:
-        torch.manual_seed(0)
-        self.model = adapted(adapter, model, image_size).train()
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Tensor, ...], labels: Tensor, precision: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.inputs, self.labels, self.precision = model.train(), inputs, labels, precision
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
-        self.images = torch.randn(batch, 3, image_size, image_size)
-        self.labels = torch.randint(100, (batch,))
         self.run()  # AdamW makes its state, and B leaves zero, where Eq. 6 and 7 as printed are 0 / 0
 
     def loss(self, penalty: Penalty | None = None) -> Tensor:
         if penalty is None:
-            return F.cross_entropy(self.model(self.images), self.labels)
+            return self._loss_of_task()
         with capture(self.model) as subspaces:
-            loss = F.cross_entropy(self.model(self.images), self.labels)
+            loss = self._loss_of_task()
         return loss + penalty(subspaces)
+
+    def _loss_of_task(self) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            return F.cross_entropy(self.model(*self.inputs).float(), self.labels)
 
     def update(self, loss: Tensor) -> None:
         loss.backward()
@@ -81,9 +84,25 @@ class TrainingStep:
 
     def tensors(self) -> Iterator[Tensor]:
         """What is alive between two steps."""
-        yield from (*self.model.parameters(), *self.model.buffers(), self.images, self.labels)
+        yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, self.labels)
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+class TrainingStep(Step):
+    """A ViT with random weights, an adapter, its head trained, and one batch of noise; float32.
+
+    Args:
+        adapter: a name in `ADAPTERS`, with its defaults; "lora" has rank 8 on q, k and v, as in the paper.
+        batch: images.
+        model: name of a timm ViT.
+        image_size: pixels; (image_size / patch)^2 + 1 tokens an image.
+    """
+
+    def __init__(self, adapter: str, batch: int, model: str, image_size: int) -> None:
+        torch.manual_seed(0)
+        images, labels = torch.randn(batch, 3, image_size, image_size), torch.randint(100, (batch,))
+        super().__init__(adapted(adapter, model, image_size), (images,), labels)
 
 
 def account(row: tuple[str, str, int], model: str, image_size: int, threads: int) -> tuple[Counts, int]:

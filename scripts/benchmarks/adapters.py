@@ -1,0 +1,213 @@
+"""What a training step of each adapter costs, against full fine-tuning and against PEFT's LoRA, on this machine."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import peft
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BertConfig, BertModel
+
+from adapters import ADAPTERS, Adapter, LoRA, inject, merge, trainable_parameters
+from benchmarks.adapters_page import page
+from benchmarks.machine import described, in_fresh_process
+from benchmarks.measure import Counts, count, paired_ratios, resident_peak
+from benchmarks.training_step import Step
+
+WARM_UP = 2
+PEFT = "PEFT's LoRA"
+CLASSES = 100
+# Settings of the paper's Tables 1 and 2; what is not named has its defaults.
+OF_PAPER: dict[str, dict[str, Any]] = {
+    "vit": {
+        **{name: {"rank": 8, "targets": ("q", "k", "v")} for name in ("lora", "moslora", "adalora")},
+        "adaptformer": {"bottleneck": 8},
+        "lst": {"reduction": 8},
+    },
+    "bert": {"lst": {"reduction": 4}},
+}
+SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others train parts of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run; see `scripts/benchmark.py adapters --help`."""
+
+    backbones: tuple[str, ...] = ("vit", "bert")
+    methods: tuple[str, ...] = ()
+    batch: int = 4
+    pairs: int = 15
+    few_pairs: int = 7
+    threads: int
+    tiny: bool = False
+    output: Path
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "pairs", "few_pairs", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if unknown := set(self.methods) - set(ADAPTERS):
+            raise ValueError(f"unknown adapter {min(unknown)!r}; choose from {', '.join(ADAPTERS)}")
+
+
+class BertClassifier(nn.Module):
+    """BERT and a linear head on the first token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(config.hidden_size, CLASSES)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+
+
+def backbone(name: str, tiny: bool) -> nn.Module:
+    """ViT-B/16 at 224 px or BERT-base with random weights; `tiny` keeps two blocks."""
+    torch.manual_seed(0)
+    if name == "vit":
+        return timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **({"depth": 2} if tiny else {}))
+    return BertClassifier(BertConfig(**({"num_hidden_layers": 2} if tiny else {})))
+
+
+def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
+    """`size` images, or four times as many sentences of 32 tokens."""
+    if name == "vit":
+        return (torch.randn(size, 3, 224, 224),)
+    return torch.randint(1000, 30000, (4 * size, 32)), torch.ones(4 * size, 32, dtype=torch.long)
+
+
+def with_method(name: str, method: str, tiny: bool) -> nn.Module:
+    """The backbone with an adapter, or with PEFT's LoRA of the same rank, and its head trained."""
+    model = backbone(name, tiny)
+    if method != PEFT:
+        return inject(model, configured(name, method), train=("head",))
+    layers = ["qkv"] if name == "vit" else ["query", "value"]
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers))
+    wrapped.base_model.model.head.requires_grad_(True)
+    return wrapped
+
+
+def configured(name: str, method: str) -> Adapter:
+    return ADAPTERS[method](**OF_PAPER[name].get(method, {}))
+
+
+def step(name: str, method: str, settings: Settings, precision: torch.dtype = torch.float32) -> Step:
+    model = with_method(name, method, settings.tiny)
+    torch.manual_seed(1)
+    inputs = batch_of(name, settings.batch)
+    return Step(model, inputs, torch.randint(CLASSES, (len(inputs[0]),)), precision)
+
+
+def account(name: str, method: str, settings: Settings) -> tuple[Counts, int, int]:
+    """Counts of one step, resident bytes at its peak, trained parameters without the head. In a fresh process."""
+    torch.set_num_threads(settings.threads)
+    libraries = resident_peak()
+    measured = step(name, method, settings)
+    measured.run()
+    resident = resident_peak() - libraries
+    head = 768 * CLASSES + CLASSES
+    trained = trainable_parameters(measured.model) - head
+    return count(measured.loss, measured.update, measured.tensors()), resident, trained
+
+
+def applicable(name: str, settings: Settings) -> list[str]:
+    """The methods that go into the backbone, in the order of `ADAPTERS`."""
+    found = []
+    for method in settings.methods or [method for method in ADAPTERS if method not in SKIPPED]:
+        try:
+            with_method(name, method, tiny=True)
+            found.append(method)
+        except ValueError as error:
+            print(f"{method} is left out on {name}: {error}")
+    return found
+
+
+def run(settings: Settings) -> None:
+    """Measure, print the page and write it with the raw numbers beside it."""
+    torch.set_num_threads(settings.threads)
+    results: dict[str, Any] = {"settings": described(settings), "rows": [], "merged": [], "bfloat16": bfloat16_speed()}
+    for name in settings.backbones:
+        methods = applicable(name, settings)
+        counts = {
+            method: in_fresh_process(account, name, method, settings)
+            for method in tqdm(["full", PEFT, *methods], desc=f"{name}: count", unit="method")
+        }
+        times = timed(name, methods, settings)
+        for method, (exact, resident, trained) in counts.items():
+            results["rows"].append(
+                {
+                    "backbone": name,
+                    "method": method,
+                    "trained": trained,
+                    "counts": asdict(exact) | {"resident_bytes": resident},
+                    "against_full": times["full", method],
+                    "against_peft": times.get((PEFT, method), []),
+                    "against_full_bfloat16": times.get(("full bfloat16", method), []),
+                    "against_peft_bfloat16": times.get((f"{PEFT} bfloat16", method), []),
+                }
+            )
+        results["merged"].append({"backbone": name, "time_ratios": merged_against_stock(name, settings)})
+    settings.output.mkdir(parents=True, exist_ok=True)
+    text = page(results)
+    print(f"\n{text}")
+    (settings.output / "adapters.md").write_text(text, encoding="utf-8")
+    (settings.output / "adapters.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {settings.output}/adapters.md and .json")
+
+
+def timed(name: str, methods: list[str], settings: Settings) -> dict[tuple[str, str], list[float]]:
+    """(reference, method) -> ratios of paired steps; LoRA also against PEFT's, and in bfloat16 where that is fast."""
+    plan: list[tuple[str, str, int, torch.dtype]] = [("full", PEFT, settings.few_pairs, torch.float32)]
+    for method in methods:
+        plan.append(("full", method, settings.pairs if method == "lora" else settings.few_pairs, torch.float32))
+    if "lora" in methods:
+        plan.append((PEFT, "lora", settings.pairs, torch.float32))
+        if bfloat16_speed() > 1:
+            plan += [(reference, "lora", settings.pairs, torch.bfloat16) for reference in ("full", PEFT)]
+    ratios: dict[tuple[str, str], list[float]] = {("full", "full"): []}
+    total = sum(pairs + WARM_UP for _, _, pairs, _ in plan)
+    with tqdm(total=total, desc=f"{name}: time", unit="pair") as bar:
+        for reference, method, pairs, precision in plan:
+            bar.set_postfix_str(f"{method} / {reference}")
+            gc.collect()
+            ours, theirs = (step(name, which, settings, precision) for which in (method, reference))
+            key = reference if precision == torch.float32 else f"{reference} bfloat16"
+            ratios[key, method] = paired_ratios(theirs.run, ours.run, pairs, warm_up=WARM_UP, progress=bar.update)
+    return ratios
+
+
+@torch.no_grad()
+def merged_against_stock(name: str, settings: Settings) -> list[float]:
+    """Time of a merged model's forward pass over that of the stock model."""
+    stock = backbone(name, settings.tiny).eval()
+    targets = ("q", "k", "v") if name == "vit" else ("q", "v")
+    merged = merge(inject(copy.deepcopy(stock), LoRA(rank=8, targets=targets), train=("head",)))
+    inputs = batch_of(name, settings.batch)
+    forward: list[Callable[[], object]] = [partial(model, *inputs) for model in (stock, merged)]
+    return paired_ratios(*forward, settings.pairs, warm_up=WARM_UP)
+
+
+def bfloat16_speed() -> float:
+    """How many times faster a product of the size of ViT-B's is in bfloat16 than in float32 here."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(256, 768).to(dtype), torch.randn(768, 768).to(dtype)
+        times = []
+        for _ in range(5):
+            start = perf_counter()
+            left @ right
+            times.append(perf_counter() - start)
+        seconds.append(min(times))
+    return seconds[0] / seconds[1]
