@@ -3,7 +3,7 @@
 | kind | found by | a block |
 |---|---|---|
 | bert | transformers' `encoder.layer` | attention, then feed-forward, each followed by add and norm |
-| vit | timm's `blocks` beside a `patch_embed` | norm1, attn, norm2, mlp |
+| vit | timm's `blocks`, also where they were cut from a model | norm1, attn, norm2, mlp |
 | swin | timm's `layers`, with windows | the same, on (B, H, W, C) |
 | convnext | timm's `stages` | conv_dw, norm, mlp, on (B, C, H, W) |
 | clip_vision, clip_text | open_clip's `transformer.resblocks` | ln_1, attn, ln_2, mlp |
@@ -74,32 +74,55 @@ def find_towers(model: nn.Module, kinds: tuple[str, ...] = KINDS, method: str = 
 
 
 def _towers(model: nn.Module) -> Iterator[Tower]:
+    inside: tuple[str, ...] = ()  # of towers found so far: a stage of Swin looks like a ViT
     for name, module in model.named_modules():
-        at: Any = module
-        prefix = f"{name}." if name else ""
-        if isinstance(getattr(getattr(at, "encoder", None), "layer", None), nn.ModuleList):
-            if hasattr(at, "embeddings") and hasattr(at.encoder.layer[0], "intermediate"):
-                blocks = (
-                    Block(f"{prefix}encoder.layer.{i}", block, block.output.dense.out_features, 0)
-                    for i, block in enumerate(at.encoder.layer)
-                )
-                yield Tower(name, "bert", at, tuple(blocks))
-        elif hasattr(at, "patch_embed") and hasattr(at, "blocks") and hasattr(at.blocks[0], "norm1"):
-            blocks = (
-                Block(f"{prefix}blocks.{i}", block, block.norm1.weight.shape[0], 0) for i, block in enumerate(at.blocks)
-            )
-            yield Tower(name, "vit", at, tuple(blocks))
-        elif hasattr(at, "patch_embed") and hasattr(at, "layers") and hasattr(at.layers[0].blocks[0], "window_size"):
-            yield Tower(name, "swin", at, tuple(_staged(prefix + "layers", at.layers)))
-        elif hasattr(at, "stem") and hasattr(at, "stages") and hasattr(at.stages[0].blocks[0], "conv_dw"):
-            yield Tower(name, "convnext", at, tuple(_staged(prefix + "stages", at.stages)))
-        elif isinstance(getattr(getattr(at, "transformer", None), "resblocks", None), nn.ModuleList):
-            kind = "clip_vision" if hasattr(at, "conv1") else "clip_text"
-            blocks = (
-                Block(f"{prefix}transformer.resblocks.{i}", block, block.ln_1.weight.shape[0], 0)
-                for i, block in enumerate(at.transformer.resblocks)
-            )
-            yield Tower(name, kind, at, tuple(blocks))
+        if not name.startswith(inside or ("\0",)) and (tower := _tower(name, module)) is not None:
+            # CLIP is its text tower, and holds its vision tower.
+            inside += (f"{name}.transformer." if tower.kind.startswith("clip") else f"{name}." if name else "",)
+            yield tower
+
+
+def _tower(name: str, module: nn.Module) -> Tower | None:
+    """The tower that `module` is, found by its structure, or None."""
+    at: Any = module
+    prefix = f"{name}." if name else ""
+    layer, resblocks = _inside(at, "encoder", "layer"), _inside(at, "transformer", "resblocks")
+    if layer is not None and hasattr(at, "embeddings") and hasattr(layer[0], "intermediate"):
+        blocks = [
+            Block(f"{prefix}encoder.layer.{i}", block, block.output.dense.out_features, 0)
+            for i, block in enumerate(layer)
+        ]
+        return Tower(name, "bert", at, tuple(blocks))
+    if resblocks is not None:
+        kind = "clip_vision" if hasattr(at, "conv1") else "clip_text"
+        blocks = [
+            Block(f"{prefix}transformer.resblocks.{i}", block, block.ln_1.weight.shape[0], 0)
+            for i, block in enumerate(resblocks)
+        ]
+        return Tower(name, kind, at, tuple(blocks))
+    for attribute, kind, sign in (("layers", "swin", "window_size"), ("stages", "convnext", "conv_dw")):
+        stages = getattr(at, attribute, None)
+        if isinstance(stages, nn.Sequential) and hasattr(_first(getattr(stages[0], "blocks", None)), sign):
+            return Tower(name, kind, at, tuple(_staged(prefix + attribute, stages)))
+    children = getattr(at, "blocks", None)
+    if hasattr(_first(children), "norm1") and hasattr(_first(children).attn, "qkv"):
+        blocks = [
+            Block(f"{prefix}blocks.{i}", block, block.norm1.weight.shape[0], 0)
+            for i, block in children.named_children()
+        ]
+        return Tower(name, "vit", at, tuple(blocks))
+    return None
+
+
+def _inside(module: Any, first: str, second: str) -> Any:
+    """A list of blocks at "first.second", or None."""
+    found = getattr(getattr(module, first, None), second, None)
+    return found if isinstance(found, nn.ModuleList) and len(found) else None
+
+
+def _first(blocks: Any) -> Any:
+    """The first of a container of blocks, or None."""
+    return next(iter(blocks.children()), None) if isinstance(blocks, nn.Module) else None
 
 
 def _staged(prefix: str, stages: Any) -> Iterator[Block]:

@@ -22,8 +22,8 @@ ARCHITECTURES = {"BERT": ("bert",), "CLIP": ("clip", "clip, own attention"), "Vi
                  "ConvNeXt": ("convnext",)}  # fmt: skip
 # Sizes that suit the small models; the defaults are the papers'.
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("lora", "moslora", "adalora"), {"rank": 3, "targets": ("q", "v", "fc1")}),
-    **dict.fromkeys(("fact_tt", "fact_tk"), {"rank": 3, "dropout": 0.0}),
+    **{name: {"rank": 3, "targets": ("q", "v", "fc1")} for name in ("lora", "moslora", "adalora")},
+    **{name: {"rank": 3, "dropout": 0.0} for name in ("fact_tt", "fact_tk")},
     "houlsby": {"bottleneck": 4},
     "adaptformer": {"bottleneck": 4, "dropout": 0.0},
     "prefix": {"prompts": 3, "hidden": 8},

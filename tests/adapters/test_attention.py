@@ -1,0 +1,114 @@
+"""Adapted attention against torch's own nn.MultiheadAttention and open_clip's Attention."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from adapters import LoRA, inject
+
+
+class Block(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+
+def multihead(batch_first: bool = True, bias: bool = True) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(16, 4, batch_first=batch_first, bias=bias).eval()
+
+
+MASKS = {
+    "none": None,
+    "added": torch.full((6, 6), float("-inf")).triu(1),
+    "boolean": torch.ones(6, 6, dtype=torch.bool).triu(1),
+    "of each head": torch.randn(3 * 4, 6, 6, generator=torch.Generator().manual_seed(2)),
+}
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_is_torchs(batch_first: bool, mask: str, padding: bool) -> None:
+    stock = multihead(batch_first)
+    adapted = copy.deepcopy(stock)
+    inject(Block(adapted), LoRA(rank=2, targets=("q", "k", "v", "o")))
+    x = torch.randn(3, 6, 16) if batch_first else torch.randn(6, 3, 16)
+    ignored = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None] if padding else None
+    if padding and mask in ("added", "of each head"):  # torch wants both of one type
+        assert ignored is not None
+        ignored = torch.zeros(3, 6).masked_fill(ignored, float("-inf"))
+    arguments = {"attn_mask": MASKS[mask], "key_padding_mask": ignored, "need_weights": False}
+    with torch.enable_grad():  # torch's fast path aside
+        expected = stock(x, x, x, **arguments)[0]
+    torch.testing.assert_close(adapted(x, x, x, **arguments)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_without_a_bias() -> None:
+    stock = multihead(bias=False)
+    adapted = copy.deepcopy(stock)
+    inject(Block(adapted), LoRA(rank=2, targets=("v",)))
+    x = torch.randn(3, 6, 16)
+    torch.testing.assert_close(adapted(x, x, x, need_weights=False)[0], stock(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"scale_heads": True, "inner_norm": True}, {"qkv_bias": False}]
+)
+def test_open_clips_attention_is_its_own(options: dict[str, bool]) -> None:
+    from open_clip.transformer import Attention
+
+    torch.manual_seed(0)
+    stock = Attention(16, 4, **options).eval()
+    adapted = copy.deepcopy(stock)
+    inject(Block(adapted), LoRA(rank=2, targets=("q", "v")))
+    x = torch.randn(3, 6, 16)
+    for mask in (None, MASKS["added"], MASKS["of each head"]):
+        torch.testing.assert_close(adapted(x, attn_mask=mask), stock(x, attn_mask=mask), atol=1e-6, rtol=1e-5)
+
+
+def test_out_proj_alone_trains() -> None:
+    """Its forward is never called in nn.MultiheadAttention: a layer put around it would be ignored."""
+    model = inject(Block(multihead()), LoRA(rank=2, targets=("o",)))
+    x = torch.randn(3, 6, 16)
+    model.attn(x, x, x, need_weights=False)[0].sum().backward()
+    assert model.attn.out_proj.branches["o"].B.grad.abs().sum() > 0
+
+
+def test_what_it_cannot_do_is_an_error() -> None:
+    model = inject(Block(multihead()), LoRA(rank=2, targets=("q",)))
+    x, other = torch.randn(2, 3, 6, 16)
+    with pytest.raises(NotImplementedError, match="its own input"):
+        model.attn(x, other, other, need_weights=False)
+    with pytest.raises(NotImplementedError, match="need_weights=False"):
+        model.attn(x, x, x)
+
+
+def test_the_updates_gradient_is_autograds() -> None:
+    """The backward pass written by hand against torch's own, through the same factors as a dense weight."""
+    model = inject(Block(multihead().double()), LoRA(rank=2, targets=("q", "v")), train=("attn.in_proj_bias",))
+    attention = model.attn
+    for branch in attention.branches.values():
+        nn.init.normal_(branch.B)
+    x = torch.randn(3, 6, 16, dtype=torch.float64, requires_grad=True)
+    attention(x, x, x, need_weights=False)[0].square().sum().backward()
+
+    stock = multihead().double()
+    weight = stock.in_proj_weight.detach().clone()
+    factors = {r: (b.A.detach().requires_grad_(), b.B.detach().requires_grad_()) for r, b in attention.branches.items()}
+    rows = [weight[i * 16 : (i + 1) * 16] for i in range(3)]
+    for index, role in ((0, "q"), (2, "v")):
+        a, b = factors[role]
+        rows[index] = rows[index] + attention.branches[role].scale * b @ a
+    y = x.detach().requires_grad_()
+    parameters = {**dict(stock.named_parameters()), "in_proj_weight": torch.cat(rows)}
+    torch.func.functional_call(stock, parameters, (y, y, y), {"need_weights": False})[0].square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(attention.in_proj_bias.grad, stock.in_proj_bias.grad)
+    for role, (a, b) in factors.items():
+        torch.testing.assert_close(attention.branches[role].A.grad, a.grad)
+        torch.testing.assert_close(attention.branches[role].B.grad, b.grad)
