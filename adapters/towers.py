@@ -77,8 +77,9 @@ def _towers(model: nn.Module) -> Iterator[Tower]:
     inside: tuple[str, ...] = ()  # of towers found so far: a stage of Swin looks like a ViT
     for name, module in model.named_modules():
         if not name.startswith(inside or ("\0",)) and (tower := _tower(name, module)) is not None:
-            # CLIP is its text tower, and holds its vision tower.
-            inside += (f"{name}.transformer." if tower.kind.startswith("clip") else f"{name}." if name else "",)
+            prefix = f"{name}." if name else ""
+            # CLIP is its own text tower, and holds its vision tower.
+            inside += (prefix + "transformer." if tower.kind.startswith("clip") else prefix,)
             yield tower
 
 

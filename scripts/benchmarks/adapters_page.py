@@ -22,8 +22,8 @@ on {date}: {processor}, {threads} threads, torch {torch}. The raw numbers are in
 
 - Time: the median over pairs of neighbouring steps ({pairs} pairs for LoRA, {few_pairs} for the others, after 2 that do
   not count), with its 95 % bootstrap interval. Memory: the most bytes that tensors take at once, counted exactly,
-  weights and optimiser state included. FLOPs: exact, of matrix products, convolutions and attention; elementwise work is
-  not in them.
+  weights and optimiser state included. FLOPs: exact, of matrix products, convolutions and attention; without
+  elementwise work.
 - Parameters: those that train, without the head.
 
 ## Targets
