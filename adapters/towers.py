@@ -105,7 +105,7 @@ def _tower(name: str, module: nn.Module) -> Tower | None:
         stages = getattr(at, attribute, None)
         if isinstance(stages, nn.Sequential) and hasattr(_first(getattr(stages[0], "blocks", None)), sign):
             return Tower(name, kind, at, tuple(_staged(prefix + attribute, stages)))
-    children = getattr(at, "blocks", None)
+    children: Any = getattr(at, "blocks", None)
     if hasattr(_first(children), "norm1") and hasattr(_first(children).attn, "qkv"):
         blocks = [
             Block(f"{prefix}blocks.{i}", block, block.norm1.weight.shape[0], 0)

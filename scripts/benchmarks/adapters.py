@@ -76,9 +76,10 @@ class BertClassifier(nn.Module):
 def backbone(name: str, tiny: bool) -> nn.Module:
     """ViT-B/16 at 224 px or BERT-base with random weights; `tiny` keeps two blocks."""
     torch.manual_seed(0)
+    depth: dict[str, Any] = {"depth" if name == "vit" else "num_hidden_layers": 2} if tiny else {}
     if name == "vit":
-        return timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **({"depth": 2} if tiny else {}))
-    return BertClassifier(BertConfig(**({"num_hidden_layers": 2} if tiny else {})))
+        return timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **depth)
+    return BertClassifier(BertConfig(**depth))
 
 
 def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
