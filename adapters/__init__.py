@@ -14,7 +14,9 @@ from adapters.torchvision_cpu import declare_missing_operators
 
 declare_missing_operators()  # before anything imports timm or open_clip
 
+from adapters.adaptformer import AdaptFormer  # noqa: E402
 from adapters.base import Adapter, LowRankAdapter  # noqa: E402
+from adapters.houlsby import Houlsby  # noqa: E402
 from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
@@ -24,8 +26,10 @@ from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "AdaptFormer",
     "Adapter",
     "Full",
+    "Houlsby",
     "Linear",
     "LoRA",
     "LowRankAdapter",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from adapters.adaptformer import AdaptFormer
 from adapters.base import Adapter
+from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
 from adapters.whole import Full, Linear, Partial
 
@@ -10,5 +12,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "full": Full,
     "linear": Linear,
     "partial": Partial,
+    "houlsby": Houlsby,
+    "adaptformer": AdaptFormer,
     "lora": LoRA,
 }

@@ -74,7 +74,13 @@ def swin() -> nn.Module:
 def convnext() -> nn.Module:
     import timm
 
-    return Image(timm.create_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=0), 32)
+    return Image(
+        timm.create_model(
+            "convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=0,
+            ls_init_value=0.5,  # at its default, 1e-6, nothing that a block does would be seen
+        ),
+        32,
+    )  # fmt: skip
 
 
 def clip(own_attention: bool = False) -> nn.Module:
