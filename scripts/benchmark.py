@@ -4,6 +4,7 @@ python scripts/benchmark.py regularizers
 python scripts/benchmark.py regularizers --batch 8 --pairs 31 --threads 1
 python scripts/benchmark.py regularizers --measures linear --output /tmp/benchmarks
 python scripts/benchmark.py adapters
+python scripts/benchmark.py parameters
 
 Times are ratios of neighbouring runs; still, give it a machine that does nothing else.
 """
@@ -64,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=torch.get_num_threads(), help="compute threads")
     add("--tiny", action="store_true", help="two blocks of each backbone, to try it out")
     add("--output", type=Path, default=DOCS, help="folder for adapters.md and adapters.json")
+    add = subjects.add_parser(
+        "parameters",
+        help="trained parameters of the paper's tables, ours beside the paper's",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("--output", type=Path, default=DOCS, help="folder for parameters.md")
     return parser
 
 
