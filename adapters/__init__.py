@@ -15,16 +15,20 @@ from adapters.torchvision_cpu import declare_missing_operators
 declare_missing_operators()  # before anything imports timm or open_clip
 
 from adapters.base import Adapter, LowRankAdapter  # noqa: E402
+from adapters.bitfit import BitFit  # noqa: E402
 from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
+from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "SSF",
     "Adapter",
+    "BitFit",
     "Full",
     "Linear",
     "LoRA",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from adapters.base import Adapter
+from adapters.bitfit import BitFit
 from adapters.lora import LoRA
+from adapters.ssf import SSF
 from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "full": Full,
     "linear": Linear,
     "partial": Partial,
+    "bitfit": BitFit,
+    "ssf": SSF,
     "lora": LoRA,
 }
