@@ -16,18 +16,22 @@ declare_missing_operators()  # before anything imports timm or open_clip
 
 from adapters.adaptformer import AdaptFormer  # noqa: E402
 from adapters.base import Adapter, LowRankAdapter  # noqa: E402
+from adapters.bitfit import BitFit  # noqa: E402
 from adapters.houlsby import Houlsby  # noqa: E402
 from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
+from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "SSF",
     "AdaptFormer",
     "Adapter",
+    "BitFit",
     "Full",
     "Houlsby",
     "Linear",

@@ -1,8 +1,8 @@
 """Branches on attention that keeps q, k and v in one raw parameter, `in_proj_weight`: CLIP's blocks in open_clip.
 
 There is no layer to put a branch on: `nn.MultiheadAttention` hands the parameter to a fused function, which also reads
-`out_proj.weight` without ever calling `out_proj`. An adapted one computes the same in separate steps, so that the rows
-of q, k and v can have branches and `out_proj` is called like any layer. The parameters stay where they are.
+`out_proj.weight` without ever calling `out_proj`. A stepwise one computes the same in separate steps: `project` gives
+q, k and v, and can be overridden, and `out_proj` is called like any layer. The parameters stay where they are.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.base import Branched
+from adapters.extend import Extension
 
 
-class AdaptedMultiheadAttention(Branched, nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention` with branches on the rows of its in_proj_weight (q, k, v, in this order)."""
+class StepwiseMultiheadAttention(Extension, nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` in steps."""
 
-    def linear_map(self) -> tuple[Tensor, Tensor | None]:
-        return self.in_proj_weight, self.in_proj_bias
+    def project(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> q, k and v, side by side in (B, L, 3 D)."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
     def forward(  # type: ignore[override]  # the same parameters
         self,
@@ -55,14 +57,15 @@ class AdaptedMultiheadAttention(Branched, nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), None
 
 
-class AdaptedInProjection(Branched):
+class StepwiseAttention(Extension):
     """open_clip's own `Attention`, with the same parameters: a release after 3.3.0 uses it in every CLIP block."""
 
     in_proj_weight: nn.Parameter
     in_proj_bias: nn.Parameter | None
 
-    def linear_map(self) -> tuple[Tensor, Tensor | None]:
-        return self.in_proj_weight, self.in_proj_bias
+    def project(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> q, k and v, side by side in (B, L, 3 D)."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
     def forward(
         self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
@@ -86,6 +89,20 @@ class AdaptedInProjection(Branched):
         norms = (own.ln_q, own.ln_k)
         out = attend(self.project(x), own.num_heads, attn_mask, dropout, norms=norms, head_scale=own.head_scale)
         return own.out_drop(own.out_proj(own.ln_inner(out)))
+
+
+class AdaptedMultiheadAttention(Branched, StepwiseMultiheadAttention):
+    """`torch.nn.MultiheadAttention` with branches on the rows of its in_proj_weight (q, k, v, in this order)."""
+
+    def linear_map(self) -> tuple[Tensor, Tensor | None]:
+        return self.in_proj_weight, self.in_proj_bias
+
+
+class AdaptedInProjection(Branched, StepwiseAttention):
+    """open_clip's own `Attention` with branches on the same rows."""
+
+    def linear_map(self) -> tuple[Tensor, Tensor | None]:
+        return self.in_proj_weight, self.in_proj_bias
 
 
 def attend(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from adapters.adaptformer import AdaptFormer
 from adapters.base import Adapter
+from adapters.bitfit import BitFit
 from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
+from adapters.ssf import SSF
 from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -14,5 +16,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "partial": Partial,
     "houlsby": Houlsby,
     "adaptformer": AdaptFormer,
+    "bitfit": BitFit,
+    "ssf": SSF,
     "lora": LoRA,
 }

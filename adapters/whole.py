@@ -32,6 +32,16 @@ class Linear:
         pass
 
 
+# The norms that follow a tower's blocks, by its kind; those that a model does not have, or are identities, are passed.
+LAST_NORMS = {
+    "vit": ("norm", "fc_norm"),
+    "swin": ("norm",),
+    "convnext": ("norm_pre", "head.norm"),
+    "clip_vision": ("ln_post",),
+    "clip_text": ("ln_final",),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Partial:
     """The backbone's own last linear map trains, and its last blocks if wanted ("Partially" in the paper's Table 1).
@@ -40,7 +50,8 @@ class Partial:
     own; there the retrieval head, which `inject(..., train=...)` names, is all that trains.
 
     Args:
-        blocks: how many of each tower's last blocks train as well. Default: 0.
+        blocks: how many of each tower's last blocks train as well, with the norm that follows them (as the "Partial-k"
+            of Jia et al., ECCV 2022, https://arxiv.org/abs/2203.12119). Default: 0.
 
     Raises:
         ValueError: for a negative number.
@@ -62,6 +73,10 @@ class Partial:
                 )
             for block in tower.blocks[len(tower.blocks) - self.blocks :]:
                 block.module.requires_grad_(True)
+            if self.blocks:
+                inside = dict(tower.module.named_modules())
+                for norm in (inside[name] for name in LAST_NORMS.get(tower.kind, ()) if name in inside):
+                    norm.requires_grad_(True)
             for name in ("proj", "text_projection"):
                 projection = getattr(tower.module, name, None)
                 if isinstance(projection, nn.Parameter | nn.Linear):
