@@ -5,6 +5,7 @@ inject(model, LoRA(rank=8, alpha=8, targets=("q", "k", "v")), train=("head",))
 ...                                    # train
 save(model, "adapter.safetensors")     # the trained tensors and the configuration
 stored_subspaces("adapter.safetensors")  # layer -> its rank-1 parts, without the model; PEFT folders too
+load_peft(model, folder); export_peft(model, folder)  # Hugging Face PEFT's folders
 merge(model)                           # the backbone's own classes and keys, the same outputs
 """
 
@@ -23,6 +24,7 @@ from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.ssf import SSF  # noqa: E402
+from adapters.peft_format import export_peft, load_peft  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
@@ -40,8 +42,10 @@ __all__ = [
     "Partial",
     "adapter_parameters",
     "adapter_table",
+    "export_peft",
     "inject",
     "load",
+    "load_peft",
     "merge",
     "save",
     "stored_subspaces",

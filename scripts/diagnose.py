@@ -26,7 +26,8 @@ import yaml
 from command_line import mistakes_in_one_line
 
 from adapters import load, stored_subspaces
-from adapters.stored import PEFT_CONFIG, StoredSubspaces
+from adapters.peft_folder import PEFT_CONFIG
+from adapters.stored import StoredSubspaces
 from eval.diagnosis import csv_of, diagnose, render_diagnosis
 from eval.figures import LIGHT, Matrix, redundancy_figure, to_png
 from eval.redundancy import common_prefix, mean_off_diagonal

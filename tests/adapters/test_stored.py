@@ -116,6 +116,16 @@ def test_a_peft_folder_gives_pefts_own_delta(settings: dict[str, Any], tmp_path:
     assert len(stored.rest) + 2 * len(stored) == len(tensors) and set(stored.rest) <= set(tensors)
 
 
+def test_adalora_of_peft_too(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(bert(), peft.AdaLoraConfig(target_modules=["query"], init_r=3, total_step=9))
+    random_values(wrapped).save_pretrained(tmp_path)
+    stored = stored_subspaces(tmp_path)
+    assert len(stored) == 2 and stored.rest == ()
+    for name, (activations, basis) in stored.items():
+        layer = wrapped.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close((activations @ basis).T, layer.get_delta_weight("default"))
+
+
 def test_transposed_weights_and_what_is_no_linear_layer(tmp_path: Path) -> None:
     wrapped = saved_by_peft(tmp_path, Tiny(), target_modules=["conv", "proj"], fan_in_fan_out=True, r=2)
     stored = stored_subspaces(tmp_path)
@@ -153,7 +163,7 @@ def test_every_lora_variant_of_peft_is_refused_or_known_to_be_plain() -> None:
     """A variant that a later PEFT adds has to be looked at: is its update still B A?"""
     from dataclasses import fields
 
-    from adapters.stored import OTHER_FORMS
+    from adapters.peft_folder import OTHER_FORMS
 
     variants = {field.name for field in fields(peft.LoraConfig) if field.metadata.get("is_lora_variant")}
     assert variants - set(OTHER_FORMS) <= {"velora_config"}  # another backward pass, the same update
