@@ -23,8 +23,8 @@ from adapters.inject import adapter_parameters, adapter_table, inject, merge, tr
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
-from adapters.ssf import SSF  # noqa: E402
 from adapters.peft_format import export_peft, load_peft  # noqa: E402
+from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
