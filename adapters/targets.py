@@ -138,14 +138,18 @@ def find_sites(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:
 def _maps(model: nn.Module) -> Iterator[Site]:
     """Every linear map of `model`, by role; a module that stands at several paths counts once."""
     out_projections: dict[nn.Module, nn.Module] = {}
+    never_called: set[nn.Module] = set()
     for name, module in model.named_modules():
         fused = getattr(module, "in_proj_weight", None)
+        if isinstance(getattr(module, "q_bias", None), nn.Parameter):
+            # timm's BEiT, EVA and Swin v2 read qkv.weight beside biases of their own: a branch on it would be ignored.
+            never_called.add(module.qkv)
         if isinstance(module, nn.MultiheadAttention):
             out_projections[module.out_proj] = module
         if isinstance(fused, nn.Parameter):
             rows = len(fused) // 3
             yield from (Site(name, module, role, i * rows, (i + 1) * rows, fused) for i, role in enumerate("qkv"))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and module not in never_called:
             roles = next((roles for pattern, roles in _PATTERNS if pattern.search(name)), (WHOLE,))
             rows = module.out_features // len(roles)
             attention = out_projections.get(module)

@@ -85,3 +85,12 @@ def test_a_layer_at_two_paths_is_adapted_once() -> None:
     model = inject(nn.ModuleDict({"one": shared, "two": shared}), LoRA(rank=2, targets="one|two"))
     assert trainable_parameters(model) == 2 * 8
     assert torch.isfinite(model["two"](torch.randn(3, 4))).all()
+
+
+def test_a_layer_whose_weight_is_read_but_that_is_never_called_is_no_target() -> None:
+    import timm
+
+    model = timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=32, num_heads=4, depth=1, num_classes=0)
+    assert isinstance(model.blocks[0].attn.q_bias, nn.Parameter)
+    with pytest.raises(ValueError, match="no layer for target 'q'"):
+        inject(model, LoRA(targets=("q", "o")))
