@@ -15,14 +15,24 @@ from adapters.torchvision_cpu import declare_missing_operators
 
 declare_missing_operators()  # before anything imports timm or open_clip
 
+from adapters.adalora import AdaLoRA  # noqa: E402
 from adapters.adaptformer import AdaptFormer  # noqa: E402
-from adapters.base import Adapter, LowRankAdapter  # noqa: E402
+from adapters.base import Adapter, LowRankAdapter, PenalizedAdapter, ScheduledAdapter  # noqa: E402  # noqa: E402
 from adapters.bitfit import BitFit  # noqa: E402
 from adapters.houlsby import Houlsby  # noqa: E402
-from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
+from adapters.inject import (  # noqa: E402  # noqa: E402
+    adapter_parameters,
+    adapter_table,
+    after_step,
+    inject,
+    loss_parts,
+    merge,
+    trainable_parameters,
+)
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
+from adapters.moslora import MoSLoRA  # noqa: E402
 from adapters.peft_format import export_peft, load_peft  # noqa: E402
 from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
@@ -31,6 +41,7 @@ from adapters.whole import Full, Linear, Partial  # noqa: E402
 __all__ = [
     "ADAPTERS",
     "SSF",
+    "AdaLoRA",
     "AdaptFormer",
     "Adapter",
     "BitFit",
@@ -39,13 +50,18 @@ __all__ = [
     "Linear",
     "LoRA",
     "LowRankAdapter",
+    "MoSLoRA",
     "Partial",
+    "PenalizedAdapter",
+    "ScheduledAdapter",
     "adapter_parameters",
     "adapter_table",
+    "after_step",
     "export_peft",
     "inject",
     "load",
     "load_peft",
+    "loss_parts",
     "merge",
     "save",
     "stored_subspaces",

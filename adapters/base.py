@@ -49,6 +49,33 @@ class LowRankAdapter(Adapter, Protocol):
         ...
 
 
+@runtime_checkable
+class PenalizedAdapter(Adapter, Protocol):
+    """An adapter with a penalty of its own (AdaLoRA's orthogonality)."""
+
+    def loss_parts(self, model: nn.Module) -> dict[str, Tensor]:
+        """What is added to the loss in training: scalars with their weight in, each named "<adapter>_<what>"."""
+        ...
+
+
+@runtime_checkable
+class ScheduledAdapter(Adapter, Protocol):
+    """An adapter that changes its own parameters while it trains (AdaLoRA's ranks).
+
+    What it has to remember are persistent buffers of the modules that hold its parameters: they are in its file.
+    """
+
+    def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
+        """Called after each step of the optimiser, while its gradients are there.
+
+        Args:
+            model: that holds the adapter.
+            step: optimiser steps so far, with this one: from 1. Beyond `total_steps` in later stages of a training.
+            total_steps: steps of the first stage, over which a schedule extends.
+        """
+        ...
+
+
 class Branch(Protocol):
     """The low-rank update of one slice of a linear map, an `nn.Module`."""
 

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from adapters.base import Adapter, Branched
+from adapters.base import Adapter, Branched, PenalizedAdapter, ScheduledAdapter
 from adapters.extend import Extension
 
 
@@ -68,6 +68,23 @@ def injection(model: nn.Module) -> Injection | None:
     """What was injected into `model`, or None where nothing was or it has been merged."""
     held: Injection | None = getattr(model, "injection", None)
     return None if held is None or held.merged else held
+
+
+def loss_parts(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's own parts of a training loss, weighted; {} where it has none (see `PenalizedAdapter`)."""
+    held = injection(model)
+    return held.adapter.loss_parts(model) if held and isinstance(held.adapter, PenalizedAdapter) else {}
+
+
+def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """Tell the adapter that the optimiser took its step number `step`, before gradients are cleared.
+
+    Nothing happens where the adapter is no `ScheduledAdapter`. `training.AdapterTrainer` calls this and `loss_parts`; a
+    training loop of your own has to.
+    """
+    held = injection(model)
+    if held and isinstance(held.adapter, ScheduledAdapter):
+        held.adapter.after_step(model, step, total_steps)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from adapters.adalora import AdaLoRA
 from adapters.adaptformer import AdaptFormer
 from adapters.base import Adapter
 from adapters.bitfit import BitFit
 from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
+from adapters.moslora import MoSLoRA
 from adapters.ssf import SSF
 from adapters.whole import Full, Linear, Partial
 
@@ -18,5 +20,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "adaptformer": AdaptFormer,
     "bitfit": BitFit,
     "ssf": SSF,
+    "adalora": AdaLoRA,
     "lora": LoRA,
+    "moslora": MoSLoRA,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adapters import load, save
+from adapters import after_step, load, loss_parts, save
 from regularizers import ReSoRA
 from training.plugin import ReSoRAMixin
 
@@ -19,7 +19,10 @@ LAST_WRITTEN = "trainer_state.json"  # of a checkpoint: where it is missing, the
 
 
 class ObjectiveTrainer(Trainer):
-    """A `transformers.Trainer` whose loss is a function of the model's outputs: named parts, which are summed."""
+    """A `transformers.Trainer` whose loss is a function of the model's outputs: named parts, which are summed.
+
+    In training, the parts of the model's adapter are among them (`adapters.loss_parts`).
+    """
 
     objective: Callable[[Any, float], Mapping[str, Tensor]]
     first_epoch: int
@@ -35,6 +38,8 @@ class ObjectiveTrainer(Trainer):
     ) -> Any:
         outputs = model(**inputs)
         parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0)))
+        if model.training:
+            parts |= loss_parts(self.accelerator.unwrap_model(model))
         self.note(parts)
         loss = torch.stack([part.float() for part in parts.values()]).sum()
         return (loss, outputs) if return_outputs else loss
@@ -68,6 +73,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         self.objective = objective
         self.evaluator, self.first_epoch = evaluator, first_epoch
         self.add_callback(_Epochs(self.train_dataset, first_epoch))
+        self.add_callback(_AfterStep(later_stage=first_epoch > 0))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The objective plus the penalty; raises FloatingPointError, with the parts, where it is not finite."""
@@ -119,6 +125,20 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
+
+
+class _AfterStep(TrainerCallback):
+    """Let the adapter follow its schedule, which spans the first stage; later ones count as steps after its end."""
+
+    def __init__(self, later_stage: bool) -> None:
+        self.later_stage = later_stage
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Here gradients are averaged over processes, clipped and not yet cleared, and this step is not yet counted."""
+        before = state.max_steps if self.later_stage else 0
+        after_step(kwargs["model"], before + state.global_step + 1, state.max_steps)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

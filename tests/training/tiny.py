@@ -1,4 +1,4 @@
-"""A two-stage training of a few seconds. Run as a script it is the one that gets killed: FOLDER [epoch to die in]."""
+"""A two-stage training of a few seconds. Run as a script it gets killed: FOLDER, epoch to die in, adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import adapters  # before transformers, which imports torchvision
-from adapters import LoRA, inject
+from adapters import AdaLoRA, Adapter, LoRA, inject
 from regularizers import ReSoRA
 from training import Hardware, LearningRates, Recipe, RunFolder, Stage, run_stages
 
@@ -44,6 +44,11 @@ class Model(nn.Module):
         return self.head(self.mlp["fc1"](x))
 
 
+ADAPTERS: dict[str, Adapter] = {
+    "lora": LoRA(rank=3, targets=("fc1",)),
+    # Nothing is pruned in step 1 of the first stage's 8, everything that will be by step 7.
+    "adalora": AdaLoRA(rank=3, target_rank=2, targets=("fc1",), initial_warmup=0.125, final_tuning=0.125),
+}
 STAGES = (Stage(name="adapt", epochs=2), Stage(name="regularize", epochs=3, regularize=True))
 
 
@@ -53,9 +58,10 @@ def train(
     precision: str = "float32",
     stages: tuple[Stage, ...] = STAGES,
     restart: bool = True,
+    adapter: str = "lora",
 ) -> nn.Module:
     torch.manual_seed(0)
-    model = inject(Model(), LoRA(rank=3, targets=("fc1",)), train=("head",))
+    model = inject(Model(), ADAPTERS[adapter], train=("head",))
     evaluations = 0
 
     def evaluator(model: nn.Module) -> dict[str, float]:
@@ -89,4 +95,4 @@ def train(
 if __name__ == "__main__":
     assert adapters
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), int(sys.argv[2]))
+    train(Path(sys.argv[1]), int(sys.argv[2]), adapter=sys.argv[3])
