@@ -64,7 +64,7 @@ ROWS = (
     Row("Swin-B", "vpt", "0.16", {"prompts": 13}, why=MIXED.format("numbers of prompts, about 13")),
     Row("Swin-B", "fact_tk", "0.14", {"rank": 16}, why=MIXED.format("ranks, 13 at 16 and 6 at 32: 139,507")),
     Row("Swin-B", "dtl", "0.09", {"rank": 4}),
-    Row("Swin-B", "dtl_plus", "0.09", {"rank": 4, "kernel": 5}, why="the number printed is DTL's, without convolutions"),
+    Row("Swin-B", "dtl_plus", "0.09", {"rank": 4, "kernel": 5}, why="what is printed is DTL's number"),
     Row("ConvNeXt-B", "full", "-", {}),
     Row("ConvNeXt-B", "lora", "0.58", {"rank": 8, "targets": ("fc1", "fc2")}, why="0.58 is LoRA on q, k, v of Swin-B"),
     Row("Swin-B", "lora", "-", {"rank": 8, "targets": QKV}, why="see ConvNeXt-B"),
@@ -104,9 +104,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 PAGE = """# Trained parameters
 
-What the paper's Tables 1 to 3 print, in millions, beside what our adapters train in the same backbones at full size, counted
-without the classification head. Made by `python scripts/benchmark.py parameters`; `tests/scripts/test_parameters.py`
-holds the integers.
+What the paper's Tables 1 to 3 print, in millions, beside what our adapters train in the same backbones at full size,
+counted without the classification head. Made by `python scripts/benchmark.py parameters`;
+`tests/scripts/test_parameters.py` holds the integers.
 
 {table}
 """
