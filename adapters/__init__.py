@@ -18,18 +18,22 @@ from adapters.base import Adapter, LowRankAdapter  # noqa: E402
 from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
+from adapters.lst import LST  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
+from adapters.unipt import UniPT  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "LST",
     "Adapter",
     "Full",
     "Linear",
     "LoRA",
     "LowRankAdapter",
     "Partial",
+    "UniPT",
     "adapter_parameters",
     "adapter_table",
     "inject",

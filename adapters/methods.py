@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from adapters.base import Adapter
 from adapters.lora import LoRA
+from adapters.lst import LST
+from adapters.unipt import UniPT
 from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "full": Full,
     "linear": Linear,
     "partial": Partial,
+    "lst": LST,
+    "unipt": UniPT,
     "lora": LoRA,
 }
