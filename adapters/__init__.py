@@ -31,11 +31,13 @@ from adapters.inject import (  # noqa: E402  # noqa: E402
 )
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
+from adapters.lst import LST  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.moslora import MoSLoRA  # noqa: E402
 from adapters.peft_format import export_peft, load_peft  # noqa: E402
 from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
+from adapters.unipt import UniPT  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "SSF",
     "AdaLoRA",
     "AdaptFormer",
+    "LST",
     "Adapter",
     "BitFit",
     "Full",
@@ -54,6 +57,7 @@ __all__ = [
     "Partial",
     "PenalizedAdapter",
     "ScheduledAdapter",
+    "UniPT",
     "adapter_parameters",
     "adapter_table",
     "after_step",

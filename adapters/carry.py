@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,16 +23,23 @@ class CarryingBlock(Extension):
         last: whether it ends the stream; set it beside whatever else the extension adds.
     """
 
-    added = ("last",)
+    added: ClassVar[tuple[str, ...]] = ("last",)
     last: bool
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokens, or (tokens, carried) -> the same; from the last block tokens. Other arguments are the block's own."""
         x, carried = x if isinstance(x, tuple) else (x, None)
         stock = super().forward
-        x, carried = self.around(x, carried, lambda tokens: stock(tokens, *args, **kwargs))
+
+        def run(tokens: Any, module: Callable[..., Tensor] = stock) -> Tensor:
+            return module(tokens, *args, **kwargs)
+
+        x, carried = self.around(x, carried, run)
         return x if self.last else (x, carried)
 
     @abstractmethod
-    def around(self, x: Tensor, carried: Any, block: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
-        """The block's input, what is carried (None in the first block) and the stock block -> output, carried on."""
+    def around(self, x: Tensor, carried: Any, block: Callable[..., Tensor]) -> tuple[Tensor, Any]:
+        """The block's input, what is carried (None in the first block) and the stock block -> output, carried on.
+
+        `block(tokens)` runs the stock block, `block(tokens, module)` another one under the same masks.
+        """

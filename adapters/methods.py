@@ -10,6 +10,8 @@ from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
 from adapters.moslora import MoSLoRA
 from adapters.ssf import SSF
+from adapters.lst import LST
+from adapters.unipt import UniPT
 from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -21,6 +23,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "bitfit": BitFit,
     "ssf": SSF,
     "adalora": AdaLoRA,
+    "lst": LST,
+    "unipt": UniPT,
     "lora": LoRA,
     "moslora": MoSLoRA,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import set_seed
 
@@ -27,6 +28,9 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], Retri
     set_seed(experiment.seed)  # the first values of the heads and of the adapter
     model, tokenizer = build_model(experiment.model, splits["train"], experiment.cache)
     inject(model, experiment.adapter, train=model.heads)
+    with torch.no_grad():
+        token = torch.ones(1, 1, dtype=torch.long)
+        model.encode_text(token, token)  # an adapter may change the width; if the head does not follow, it fails here
     captions = {name: Captions(data.captions, tokenizer, experiment.max_length) for name, data in splits.items()}
     return splits, model, captions
 

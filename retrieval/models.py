@@ -14,7 +14,7 @@ from retrieval.model import RetrievalModel
 from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
 
 
-def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: int) -> tuple[RetrievalModel, Any]:
+def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: Any) -> tuple[RetrievalModel, Any]:
     """VSE-infinity on region features, with the text encoder `text` (see `bert`)."""
     encoder, tokenizer = bert(text, cache)
     return VSEInfinity(encoder, data.visual(0).shape[-1], VSEInfinityConfig(**sizes)), tokenizer

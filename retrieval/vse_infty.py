@@ -23,10 +23,13 @@ class VSEInfinityConfig:
     Args:
         embed_dim: width D of the common space.
         hidden_dim: hidden width of the region encoder's MLP.
+        text_projection: whether a linear map takes BERT's hidden states to `embed_dim`. False: they have that width
+            themselves, as behind LST and UniPT with `output_dim`, whose last map takes its place (prior work).
     """
 
     embed_dim: int = 1024
     hidden_dim: int = 512
+    text_projection: bool = True
 
 
 class RegionEncoder(nn.Module):
@@ -63,16 +66,29 @@ class RegionEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) -> (B, D): BERT's last hidden states, a linear map, GPO over all tokens with [CLS] and [SEP]."""
+    """Token ids (B, L) -> (B, D): BERT's last hidden states, a linear map, GPO over all tokens with [CLS] and [SEP].
+
+    Raises:
+        ValueError: in the forward pass, where BERT, as an adapter left it, puts out another width than is expected.
+    """
 
     def __init__(self, bert: nn.Module, config: VSEInfinityConfig) -> None:
         super().__init__()
         self.bert = bert
-        self.linear = nn.Linear(cast(Any, bert.config).hidden_size, config.embed_dim)
+        self.width = cast(Any, bert.config).hidden_size if config.text_projection else config.embed_dim
+        self.linear = nn.Linear(self.width, config.embed_dim) if config.text_projection else nn.Identity()
         self.pool = GPO()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if (came := hidden.shape[-1]) != self.width:
+            mend = (
+                "set model.text_projection=false, or leave the adapter's output_dim out"
+                if isinstance(self.linear, nn.Linear)
+                else f"use adapter=lst or adapter=unipt with adapter.output_dim={self.width}, or set "
+                "model.text_projection=true"
+            )
+            raise ValueError(f"the text encoder puts out {came} channels, but the head takes {self.width}: {mend}")
         return F.normalize(self.pool(self.linear(hidden), attention_mask.sum(dim=1)), dim=-1)
 
 
@@ -86,11 +102,11 @@ class VSEInfinity(RetrievalModel):
     """
 
     visual_kind = "regions"
-    heads = ("image", "text.linear", "text.pool")
 
     def __init__(self, bert: nn.Module, d_region: int, config: VSEInfinityConfig | None = None) -> None:
         super().__init__()
         config = config or VSEInfinityConfig()
+        self.heads = ("image", *(["text.linear"] if config.text_projection else []), "text.pool")
         self.image = RegionEncoder(d_region, config)
         self.text = TextEncoder(bert, config)
 
