@@ -42,10 +42,10 @@ from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "LST",
     "SSF",
     "AdaLoRA",
     "AdaptFormer",
-    "LST",
     "Adapter",
     "BitFit",
     "Full",

@@ -8,9 +8,9 @@ from adapters.base import Adapter
 from adapters.bitfit import BitFit
 from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
+from adapters.lst import LST
 from adapters.moslora import MoSLoRA
 from adapters.ssf import SSF
-from adapters.lst import LST
 from adapters.unipt import UniPT
 from adapters.whole import Full, Linear, Partial
 
