@@ -47,7 +47,7 @@ ROWS = (
     Row("ViT-B/16", "full", "85.8", {}),
     Row("ViT-B/16", "bitfit", "0.10", {}),
     Row("ViT-B/16", "vpt", "0.56", {"prompts": 61}, why=MIXED.format("numbers of prompts, 60.95: 561,691")),
-    Row("ViT-B/16", "lst", "2.38", {"reduction": 8}),
+    Row("ViT-B/16", "lst", "2.38", {"reduction": 8}, why="and 12 gates, one a block"),
     Row("ViT-B/16", "adalora", "0.44", {"rank": 8, "targets": QKV}),
     Row("ViT-B/16", "adaptformer", "0.16", {"bottleneck": 8}),
     Row("ViT-B/16", "ssf", "0.21", {}),
