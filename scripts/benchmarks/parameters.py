@@ -75,8 +75,8 @@ ROWS = (
     Row("BERT", "prefix", "10.7", {"prompts": 30, "hidden": 512}, PROJECTION, "with the projection"),
     Row("BERT", "ssf", "0.2", {}, why="without the projection"),
     Row("BERT", "fact_tt", "0.6", {"rank": 60}, why="the rank is not given; no power of two fits"),
-    Row("BERT", "lst", "7.5", {"reduction": 4, "output_dim": 1024}, why="in place of the projection"),
-    Row("BERT", "unipt", "5.9", {"dim": 512, "output_dim": 1024}, why="in place of the projection"),
+    Row("BERT, no pooler", "lst", "7.5", {"reduction": 4, "output_dim": 1024}, why="in place of the projection"),
+    Row("BERT, no pooler", "unipt", "5.9", {"dim": 512, "output_dim": 1024}, why="in place of the projection"),
     Row("BERT", "adalora", "1.0", {"rank": 6, "targets": QV}, PROJECTION, "the rank is not given; with the projection"),
     Row("BERT", "lora", "1.1", {"rank": 8, "targets": QV}, PROJECTION, "with the projection"),
     Row("CLIP ViT-B/32", "full", "151.3", {}),
@@ -100,6 +100,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "Swin-B": lambda: timm.create_model("swin_base_patch4_window7_224", num_classes=0),
     "ConvNeXt-B": lambda: timm.create_model("convnext_base", num_classes=0),
     "BERT": lambda: BertModel(BertConfig()),
+    "BERT, no pooler": lambda: BertModel(BertConfig(), add_pooling_layer=False),
     "CLIP ViT-B/32": lambda: open_clip.create_model("ViT-B-32-quickgelu", pretrained=None, device="meta"),
 }
 PAGE = """# Trained parameters
