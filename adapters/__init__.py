@@ -19,17 +19,21 @@ from adapters.inject import adapter_parameters, adapter_table, inject, merge, tr
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
+from adapters.prefix import Prefix  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
+from adapters.vpt import VPT  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "VPT",
     "Adapter",
     "Full",
     "Linear",
     "LoRA",
     "LowRankAdapter",
     "Partial",
+    "Prefix",
     "adapter_parameters",
     "adapter_table",
     "inject",

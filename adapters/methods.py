@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from adapters.base import Adapter
 from adapters.lora import LoRA
+from adapters.prefix import Prefix
+from adapters.vpt import VPT
 from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "full": Full,
     "linear": Linear,
     "partial": Partial,
+    "prefix": Prefix,
+    "vpt": VPT,
     "lora": LoRA,
 }
