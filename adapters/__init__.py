@@ -38,6 +38,9 @@ from adapters.peft_format import export_peft, load_peft  # noqa: E402
 from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.unipt import UniPT  # noqa: E402
+from adapters.prefix import Prefix  # noqa: E402
+from adapters.stored import stored_subspaces  # noqa: E402
+from adapters.vpt import VPT  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "SSF",
     "AdaLoRA",
     "AdaptFormer",
+    "VPT",
     "Adapter",
     "BitFit",
     "Full",
@@ -58,6 +62,7 @@ __all__ = [
     "PenalizedAdapter",
     "ScheduledAdapter",
     "UniPT",
+    "Prefix",
     "adapter_parameters",
     "adapter_table",
     "after_step",

@@ -12,6 +12,8 @@ from adapters.lst import LST
 from adapters.moslora import MoSLoRA
 from adapters.ssf import SSF
 from adapters.unipt import UniPT
+from adapters.prefix import Prefix
+from adapters.vpt import VPT
 from adapters.whole import Full, Linear, Partial
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -25,6 +27,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "adalora": AdaLoRA,
     "lst": LST,
     "unipt": UniPT,
+    "prefix": Prefix,
+    "vpt": VPT,
     "lora": LoRA,
     "moslora": MoSLoRA,
 }
