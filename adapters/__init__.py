@@ -35,11 +35,10 @@ from adapters.lst import LST  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.moslora import MoSLoRA  # noqa: E402
 from adapters.peft_format import export_peft, load_peft  # noqa: E402
+from adapters.prefix import Prefix  # noqa: E402
 from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.unipt import UniPT  # noqa: E402
-from adapters.prefix import Prefix  # noqa: E402
-from adapters.stored import stored_subspaces  # noqa: E402
 from adapters.vpt import VPT  # noqa: E402
 from adapters.whole import Full, Linear, Partial  # noqa: E402
 
@@ -47,9 +46,9 @@ __all__ = [
     "ADAPTERS",
     "LST",
     "SSF",
+    "VPT",
     "AdaLoRA",
     "AdaptFormer",
-    "VPT",
     "Adapter",
     "BitFit",
     "Full",
@@ -60,9 +59,9 @@ __all__ = [
     "MoSLoRA",
     "Partial",
     "PenalizedAdapter",
+    "Prefix",
     "ScheduledAdapter",
     "UniPT",
-    "Prefix",
     "adapter_parameters",
     "adapter_table",
     "after_step",

@@ -10,9 +10,9 @@ from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
 from adapters.lst import LST
 from adapters.moslora import MoSLoRA
+from adapters.prefix import Prefix
 from adapters.ssf import SSF
 from adapters.unipt import UniPT
-from adapters.prefix import Prefix
 from adapters.vpt import VPT
 from adapters.whole import Full, Linear, Partial
 
