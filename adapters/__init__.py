@@ -29,6 +29,9 @@ from adapters.inject import (  # noqa: E402  # noqa: E402
     merge,
     trainable_parameters,
 )
+from adapters.base import Adapter, LowRankAdapter  # noqa: E402
+from adapters.fact import FacTTK, FacTTT  # noqa: E402
+from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.lst import LST  # noqa: E402
@@ -51,6 +54,8 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "BitFit",
+    "FacTTK",
+    "FacTTT",
     "Full",
     "Houlsby",
     "Linear",

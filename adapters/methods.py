@@ -7,6 +7,7 @@ from adapters.adaptformer import AdaptFormer
 from adapters.base import Adapter
 from adapters.bitfit import BitFit
 from adapters.houlsby import Houlsby
+from adapters.fact import FacTTK, FacTTT
 from adapters.lora import LoRA
 from adapters.lst import LST
 from adapters.moslora import MoSLoRA
@@ -31,4 +32,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vpt": VPT,
     "lora": LoRA,
     "moslora": MoSLoRA,
+    "fact_tt": FacTTT,
+    "fact_tk": FacTTK,
 }
