@@ -15,6 +15,7 @@ from adapters.torchvision_cpu import declare_missing_operators
 declare_missing_operators()  # before anything imports timm or open_clip
 
 from adapters.base import Adapter, LowRankAdapter  # noqa: E402
+from adapters.dtl import DTL, DTLPlus  # noqa: E402
 from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
@@ -24,7 +25,9 @@ from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "DTL",
     "Adapter",
+    "DTLPlus",
     "Full",
     "Linear",
     "LoRA",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class CarryingBlock(Extension):
         last: whether it ends the stream; set it beside whatever else the extension adds.
     """
 
-    added = ("last",)
+    added: ClassVar[tuple[str, ...]] = ("last",)
     last: bool
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adapters.base import Adapter
+from adapters.dtl import DTL, DTLPlus
 from adapters.lora import LoRA
 from adapters.whole import Full, Linear, Partial
 
@@ -11,4 +12,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "linear": Linear,
     "partial": Partial,
     "lora": LoRA,
+    "dtl": DTL,
+    "dtl_plus": DTLPlus,
 }
