@@ -31,6 +31,7 @@ from adapters.inject import (  # noqa: E402  # noqa: E402
 )
 from adapters.base import Adapter, LowRankAdapter  # noqa: E402
 from adapters.fact import FacTTK, FacTTT  # noqa: E402
+from adapters.dtl import DTL, DTLPlus  # noqa: E402
 from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
@@ -56,6 +57,9 @@ __all__ = [
     "BitFit",
     "FacTTK",
     "FacTTT",
+    "DTL",
+    "Adapter",
+    "DTLPlus",
     "Full",
     "Houlsby",
     "Linear",

@@ -8,6 +8,7 @@ from adapters.base import Adapter
 from adapters.bitfit import BitFit
 from adapters.houlsby import Houlsby
 from adapters.fact import FacTTK, FacTTT
+from adapters.dtl import DTL, DTLPlus
 from adapters.lora import LoRA
 from adapters.lst import LST
 from adapters.moslora import MoSLoRA
@@ -34,4 +35,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "moslora": MoSLoRA,
     "fact_tt": FacTTT,
     "fact_tk": FacTTK,
+    "dtl": DTL,
+    "dtl_plus": DTLPlus,
 }
