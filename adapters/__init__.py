@@ -19,6 +19,8 @@ from adapters.adalora import AdaLoRA  # noqa: E402
 from adapters.adaptformer import AdaptFormer  # noqa: E402
 from adapters.base import Adapter, LowRankAdapter, PenalizedAdapter, ScheduledAdapter  # noqa: E402  # noqa: E402
 from adapters.bitfit import BitFit  # noqa: E402
+from adapters.dtl import DTL, DTLPlus  # noqa: E402
+from adapters.fact import FacTTK, FacTTT  # noqa: E402
 from adapters.houlsby import Houlsby  # noqa: E402
 from adapters.inject import (  # noqa: E402  # noqa: E402
     adapter_parameters,
@@ -29,10 +31,6 @@ from adapters.inject import (  # noqa: E402  # noqa: E402
     merge,
     trainable_parameters,
 )
-from adapters.base import Adapter, LowRankAdapter  # noqa: E402
-from adapters.fact import FacTTK, FacTTT  # noqa: E402
-from adapters.dtl import DTL, DTLPlus  # noqa: E402
-from adapters.inject import adapter_parameters, adapter_table, inject, merge, trainable_parameters  # noqa: E402
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.lst import LST  # noqa: E402
@@ -48,6 +46,7 @@ from adapters.whole import Full, Linear, Partial  # noqa: E402
 
 __all__ = [
     "ADAPTERS",
+    "DTL",
     "LST",
     "SSF",
     "VPT",
@@ -55,11 +54,9 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "BitFit",
+    "DTLPlus",
     "FacTTK",
     "FacTTT",
-    "DTL",
-    "Adapter",
-    "DTLPlus",
     "Full",
     "Houlsby",
     "Linear",

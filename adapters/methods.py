@@ -6,9 +6,9 @@ from adapters.adalora import AdaLoRA
 from adapters.adaptformer import AdaptFormer
 from adapters.base import Adapter
 from adapters.bitfit import BitFit
-from adapters.houlsby import Houlsby
-from adapters.fact import FacTTK, FacTTT
 from adapters.dtl import DTL, DTLPlus
+from adapters.fact import FacTTK, FacTTT
+from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
 from adapters.lst import LST
 from adapters.moslora import MoSLoRA
@@ -22,15 +22,15 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "full": Full,
     "linear": Linear,
     "partial": Partial,
+    "bitfit": BitFit,
     "houlsby": Houlsby,
     "adaptformer": AdaptFormer,
-    "bitfit": BitFit,
-    "ssf": SSF,
-    "adalora": AdaLoRA,
-    "lst": LST,
-    "unipt": UniPT,
     "prefix": Prefix,
     "vpt": VPT,
+    "ssf": SSF,
+    "lst": LST,
+    "unipt": UniPT,
+    "adalora": AdaLoRA,
     "lora": LoRA,
     "moslora": MoSLoRA,
     "fact_tt": FacTTT,
