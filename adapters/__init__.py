@@ -17,12 +17,12 @@ declare_missing_operators()  # before anything imports timm or open_clip
 
 from adapters.adalora import AdaLoRA  # noqa: E402
 from adapters.adaptformer import AdaptFormer  # noqa: E402
-from adapters.base import Adapter, LowRankAdapter, PenalizedAdapter, ScheduledAdapter  # noqa: E402  # noqa: E402
+from adapters.base import Adapter, LowRankAdapter, PenalizedAdapter, ScheduledAdapter  # noqa: E402
 from adapters.bitfit import BitFit  # noqa: E402
 from adapters.dtl import DTL, DTLPlus  # noqa: E402
 from adapters.fact import FacTTK, FacTTT  # noqa: E402
 from adapters.houlsby import Houlsby  # noqa: E402
-from adapters.inject import (  # noqa: E402  # noqa: E402
+from adapters.inject import (  # noqa: E402
     adapter_parameters,
     adapter_table,
     after_step,

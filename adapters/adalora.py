@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import branch_tensors
+from adapters.base import Branch, branch_tensors
 from adapters.lora import LowRank
 
 EPSILON = 1e-5  # PEFT divides by rank + this
@@ -79,7 +78,7 @@ class AdaLoRA(LowRank):
         if len(self.betas) != 2 or not all(0 < beta < 1 for beta in self.betas):
             raise ValueError(f"AdaLoRA needs two betas between 0 and 1, but got {self.betas}")
 
-    def branch(self, d_in: int, d_out: int, rank: int) -> nn.Module:
+    def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         return AdaLoRABranch(d_in, d_out, rank, self.alpha / (rank + EPSILON), self.dropout)
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -116,7 +115,7 @@ class AdaLoRA(LowRank):
             allocate(branches, budget(step, start, end, initial, min(initial, target)))
 
 
-class AdaLoRABranch(nn.Module):
+class AdaLoRABranch(Branch):
     """The update of one target: A (r, d_in), E (r,), B (d_out, r).
 
     Buffers: of each factor the running means "A_sensitivity" and "A_uncertainty", in its shape, and `alive` (r,), which
@@ -138,9 +137,9 @@ class AdaLoRABranch(nn.Module):
             self.register_buffer(f"{name}_uncertainty", torch.zeros_like(factor))
         self.register_buffer("alive", torch.ones(rank, dtype=torch.bool))
 
-    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> activations (N, r) = scale x A^T diag(E), zero where pruned; basis (r, d_out) = B^T."""
-        return F.linear(F.dropout(x, self.dropout, self.training), self.A) * (self.E * self.scale), self.B.T
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (r, d_in) = scale diag(E) A, zero where pruned; basis (r, d_out) = B^T."""
+        return self.A * (self.E * self.scale)[:, None], self.B.T
 
     def scores(self) -> Tensor:
         """The importance (r,) of each rank: sensitivity times uncertainty, of E plus the means over A and B."""

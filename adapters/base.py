@@ -7,7 +7,7 @@ inputs x (N, d_in)
     dY = activations @ basis        activations (N, r), basis (r, d_out)
 
 a sum of r rank-1 parts (Eq. 4 of the ReSoRA paper). The forward pass, merging and every regularizer are made of that
-pair.
+pair. A branch gives it as two factors of a matrix, down (r, d_in) and basis (r, d_out), with activations = x down^T.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.extend import Extension, restore
@@ -76,11 +77,28 @@ class ScheduledAdapter(Adapter, Protocol):
         ...
 
 
-class Branch(Protocol):
-    """The low-rank update of one slice of a linear map, an `nn.Module`."""
+class Branch(nn.Module):
+    """The low-rank update of one slice of a linear map.
+
+    Attributes:
+        dropout: probability of dropping an input in training.
+    """
+
+    dropout: float = 0.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (r, d_in) with the scale folded in, basis (r, d_out): the update of the weight is (down^T basis)^T."""
+        raise NotImplementedError
 
     def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> activations (N, r) with the scale folded in, basis (r, d_out)."""
+        """x (N, d_in) -> activations (N, r) = dropout(x) down^T, basis (r, d_out)."""
+        down, basis = self.factors()
+        return F.linear(F.dropout(x, self.dropout, self.training), down), basis
+
+    @property
+    def drops(self) -> bool:
+        """Whether something is dropped now, so that the activations are not x down^T."""
+        return self.training and self.dropout > 0
 
 
 class Branched(Extension):
@@ -105,13 +123,19 @@ class Branched(Extension):
         """x (..., d_in) -> (..., d_out): the linear map and its branches."""
         weight, bias = self.linear_map()
         flat = x.reshape(-1, weight.shape[1])
-        updates: list[Update] = []
-        for role, branch in self.branches.items():
-            activations, basis = cast(Branch, branch).subspaces(flat)
-            if self.record is not None:
-                self.record(role, activations, basis, x.shape[:-1])
-            updates.append((activations, basis, *self.slices[role]))
-        return low_rank_linear(flat, weight, bias, updates).view(*x.shape[:-1], weight.shape[0])
+        branches = [cast(Branch, branch) for branch in self.branches.values()]
+        updates = [
+            Update(*branch.factors(), *self.slices[role]) for role, branch in zip(self.branches, branches, strict=True)
+        ]
+        given: list[Tensor] = []
+        # A penalty whose gradient comes later (`replays`) has to find the activations among what autograd sees.
+        if hasattr(self.record, "replays") or any(branch.drops for branch in branches):
+            given = [branch.subspaces(flat)[0] for branch in branches]
+        out, activations = low_rank_linear(flat, weight, bias, updates, given)
+        if self.record is not None:
+            for role, each, update in zip(self.branches, activations, updates, strict=True):
+                self.record(role, each, update.basis, x.shape[:-1])
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -119,14 +143,9 @@ class Branched(Extension):
         return tuple(self.branches)
 
     def weight_subspaces(self, role: str) -> tuple[Tensor, Tensor]:
-        """The rank-1 parts of the update's weight: the identity as input, activations (d_in, r), basis (r, d_out)."""
-        branch, (weight, _) = self.branches[role], self.linear_map()
-        training, dtype = branch.training, next(branch.parameters()).dtype
-        try:
-            identity = torch.eye(weight.shape[1], device=weight.device, dtype=dtype)
-            return cast(Branch, branch.eval()).subspaces(identity)  # without dropout
-        finally:
-            branch.train(training)
+        """The rank-1 parts of the update's weight: activations down^T (d_in, r), basis (r, d_out)."""
+        down, basis = cast(Branch, self.branches[role]).factors()
+        return down.T, basis
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import branch_tensors
+from adapters.base import Branch, branch_tensors
 from adapters.targets import ROLES, Site, adapt, find_sites
 
 
@@ -56,7 +56,7 @@ class FacT:
         """What one list of blocks shares."""
         return Shared(width, self.rank)
 
-    def branch(self, shared: Shared, inputs: int, columns: int) -> nn.Module:
+    def branch(self, shared: Shared, inputs: int, columns: int) -> Branch:
         """The update of one part with `inputs` blocks of inputs; its list of blocks has `columns` S_c in all."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class FacTTT(FacT):
 
     name: ClassVar[str] = "fact_tt"
 
-    def branch(self, shared: Shared, inputs: int, columns: int) -> nn.Module:
+    def branch(self, shared: Shared, inputs: int, columns: int) -> Branch:
         return TTBranch(shared, inputs, self)
 
     def mixing(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ class FacTTK(FacT):
     def shared(self, width: int) -> SharedCore:
         return SharedCore(width, self.rank)
 
-    def branch(self, shared: Shared, inputs: int, columns: int) -> nn.Module:
+    def branch(self, shared: Shared, inputs: int, columns: int) -> Branch:
         return TKBranch(shared, inputs, columns, self)
 
     def mixing(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -152,7 +152,7 @@ class SharedCore(Shared):
         nn.init.xavier_uniform_(self.C)
 
 
-class FacTBranch(nn.Module):
+class FacTBranch(Branch):
     """The update of one part of a linear map: what is shared, and a parameter of its own."""
 
     def __init__(self, shared: Shared, config: FacT) -> None:
@@ -163,14 +163,19 @@ class FacTBranch(nn.Module):
         """The S_c below one another: (k r, r)."""
         raise NotImplementedError
 
-    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, k d) -> activations (N, r) = s dropout(sum_k x_k U^T S_k), basis (r, d) = V^T.
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (r, k d) = s [S_1^T U, ..., S_k^T U], basis (r, d) = V^T.
 
-        q, k and v, and the blocks of fc1, each compute x U^T anew: to share it they would need a state that outlives
-        the call, or one branch with a basis that is mostly zeros. It is as much as the A of LoRA costs in each of them.
+        The product with the inputs is one for all parts of a layer; to form S_k^T U first costs what a few samples do.
         """
-        down = F.linear(x.unflatten(1, (-1, self.shared.U.shape[1])), self.shared.U).flatten(1)  # (N, k r)
-        return F.dropout(down @ self.mixing(), self.dropout, self.training) * self.scale, self.shared.V.T
+        mixing = self.mixing().unflatten(0, (-1, len(self.shared.U)))  # (k, r, r)
+        down = (mixing.mT @ self.shared.U) * self.scale  # (k, r, d)
+        return down.transpose(0, 1).flatten(1), self.shared.V.T
+
+    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, k d) -> activations (N, r) = dropout(x down^T), basis (r, d) = V^T: not the inputs are dropped."""
+        down, basis = self.factors()
+        return F.dropout(F.linear(x, down), self.dropout, self.training), basis
 
 
 class TTBranch(FacTBranch):

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import branch_tensors
+from adapters.base import Branch, branch_tensors
 from adapters.targets import adapt, check_targets, compiled, find_sites, rank_of
 
 
@@ -53,7 +52,7 @@ class LowRank:
         for pattern in self.rank_pattern:
             compiled(pattern)
 
-    def branch(self, d_in: int, d_out: int, rank: int) -> nn.Module:
+    def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         """The trainable part of one target."""
         raise NotImplementedError
 
@@ -76,7 +75,7 @@ class LoRA(LowRank):
 
     name: ClassVar[str] = "lora"
 
-    def branch(self, d_in: int, d_out: int, rank: int) -> nn.Module:
+    def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         return LoRABranch(d_in, d_out, rank, self.alpha / rank, self.dropout)
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -85,7 +84,7 @@ class LoRA(LowRank):
         return {name: (part["A"].T * (self.alpha / len(part["A"])), part["B"].T) for name, part in parts.items()}
 
 
-class LoRABranch(nn.Module):
+class LoRABranch(Branch):
     """The update of one target: A (r, d_in), B (d_out, r)."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float) -> None:
@@ -95,6 +94,6 @@ class LoRABranch(nn.Module):
         self.scale, self.dropout = scale, dropout
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> activations (N, r) = scale x A^T, basis (r, d_out) = B^T."""
-        return F.linear(F.dropout(x, self.dropout, self.training), self.A) * self.scale, self.B.T
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (r, d_in) = scale A, basis (r, d_out) = B^T."""
+        return self.A if self.scale == 1 else self.A * self.scale, self.B.T

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import branch_tensors
+from adapters.base import Branch, branch_tensors
 from adapters.lora import LowRank
 
 
@@ -33,7 +32,7 @@ class MoSLoRA(LowRank):
 
     name: ClassVar[str] = "moslora"
 
-    def branch(self, d_in: int, d_out: int, rank: int) -> nn.Module:
+    def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         return MoSLoRABranch(d_in, d_out, rank, self.alpha / rank, self.dropout)
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -44,7 +43,7 @@ class MoSLoRA(LowRank):
         }
 
 
-class MoSLoRABranch(nn.Module):
+class MoSLoRABranch(Branch):
     """The update of one target: A (r, d_in), the mixer M (r, r), B (d_out, r)."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, scale: float, dropout: float) -> None:
@@ -56,7 +55,6 @@ class MoSLoRABranch(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.M, a=math.sqrt(5))
 
-    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> activations (N, r) = scale x A^T M^T, basis (r, d_out) = B^T."""
-        inner = F.linear(F.dropout(x, self.dropout, self.training), self.A)
-        return F.linear(inner, self.M) * self.scale, self.B.T
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (r, d_in) = scale M A, basis (r, d_out) = B^T."""
+        return self.M @ self.A * self.scale, self.B.T
