@@ -51,7 +51,7 @@ class OpenMojiScenes:
         self.folder = Path(root) / self.name
         self.split = split
         check_prepared(self.folder, self.name, split)
-        self.features, self.captions, self.image_of_caption = read_precomputed(self.folder, split)
+        self.features, self.captions, self.image_of_caption, _ = read_precomputed(self.folder, split)
 
     def __len__(self) -> int:
         return len(self.features)

@@ -13,7 +13,7 @@ import torch
 from retrieval.data import SPLITS
 from retrieval.data.emoji_concepts import GROUPS, concepts, is_plural, render, with_article
 from retrieval.data.openmoji import OpenMojiScenes
-from retrieval.data.precomputed import read_precomputed, write_precomputed
+from retrieval.data.precomputed import write_precomputed
 from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import OPPOSITE, SIDES, Scene, describe, draw, sample_scenes
 from training.encoders import efficientnet_lite0
@@ -211,45 +211,6 @@ def test_fingerprint_sees_captions_owners_and_features(root: Path, tmp_path: Pat
     changed[1, 2, 3] += 1
     others = {written(["another", *captions[1:]], original.features), written(captions, changed)}
     assert len(others | {original.fingerprint}) == 3
-
-
-# ---- the published file format
-
-
-def test_precomputed_round_trip(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).random((4, 36, 8), dtype=np.float32)
-    captions = [f"caption {number}\u2028of café" for number in range(20)]
-    write_precomputed(tmp_path, "dev", features, captions)
-    read = read_precomputed(tmp_path, "dev")
-    assert isinstance(read.features, np.memmap)
-    assert np.array_equal(read.features, features) and read.captions == captions
-    assert read.image_of_caption.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
-
-
-def test_precomputed_repeated_images_come_once(tmp_path: Path) -> None:
-    """The other layout of Flickr30K: an image's row five times, once for each of its captions."""
-    features = np.random.default_rng(0).random((4, 3, 8), dtype=np.float32)
-    write_precomputed(tmp_path, "dev", features.repeat(5, axis=0), [str(number) for number in range(20)])
-    read = read_precomputed(tmp_path, "dev")
-    assert np.array_equal(read.features, features)
-    assert read.image_of_caption.tolist() == [number // 5 for number in range(20)]
-
-
-def test_precomputed_one_caption_an_image(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).random((10, 3, 8), dtype=np.float32)
-    write_precomputed(tmp_path, "dev", features, [str(number) for number in range(10)])
-    assert read_precomputed(tmp_path, "dev").image_of_caption.tolist() == list(range(10))
-
-
-def test_precomputed_refuses_other_counts(tmp_path: Path) -> None:
-    write_precomputed(tmp_path, "dev", np.zeros((4, 3, 8)), ["a caption"] * 19)
-    with pytest.raises(ValueError, match=r"dev_caps\.txt has 19 captions and dev_ims\.npy 4 images, expected 1 or 5"):
-        read_precomputed(tmp_path, "dev")
-    write_precomputed(tmp_path, "dev", np.zeros((4, 8)), ["a caption"] * 20)
-    with pytest.raises(ValueError, match=r"shape \(4, 8\), expected \(images, regions, dimensions\)"):
-        read_precomputed(tmp_path, "dev")
-    with pytest.raises(FileNotFoundError, match=r"test_ims\.npy does not exist"):
-        read_precomputed(tmp_path, "test")
 
 
 # ---- regions
