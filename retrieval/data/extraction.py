@@ -1,0 +1,144 @@
+"""Extract the features of a split's pictures into the published layout; a killed extraction goes on where it was.
+
+Pictures are taken in order and their regions appended to `{split}_ims.npy.partial`. A journal beside it has a line for
+each picture that is done, written after its regions, so that what the journal says is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from retrieval.data.bottom_up import save_offsets
+from retrieval.data.feature_file import FeatureFile
+from retrieval.data.karpathy import Described
+from retrieval.data.pictures import inside
+from retrieval.data.precomputed import write_texts
+
+
+class Unreadable(NamedTuple):
+    """A picture that could not be opened, and why."""
+
+    file: str
+    reason: str
+
+
+def extract(
+    split: str,
+    images: Sequence[Described],
+    pictures: Path,
+    folder: Path,
+    features_of: Callable[[Image.Image], np.ndarray],
+    *,
+    width: int,
+    fixed: bool,
+    half: bool,
+    source: str,
+) -> list[Unreadable]:
+    """Write `{split}_ims.npy` (and `_offsets.npy`), `_caps.txt` and `_ids.txt`; nothing if the split is there already.
+
+    Args:
+        split: prefix of the files.
+        images: in the order of the output.
+        pictures: folder of the pictures.
+        folder: of the output.
+        features_of: picture -> (K, width) float32.
+        width: of a feature.
+        fixed: whether K is the same for all.
+        half: store float16.
+        source: what the features depend on, in words; going on with others is refused.
+
+    Returns:
+        The pictures that could not be read. They and their captions are left out of the split and listed in
+        `{split}_unreadable.txt`.
+
+    Raises:
+        ValueError: the extraction was begun in another way, a picture's name leads out of the folder, or no picture
+            could be read.
+    """
+    path, listed = folder / f"{split}_ims.npy", folder / f"{split}_unreadable.txt"
+    journal = _Journal(folder / f"{split}_ims.npy.journal", {"source": source, "half": half, "images": len(images)})
+    if path.is_file():
+        journal.path.unlink(missing_ok=True)
+        return [Unreadable(*line.split("\t", 1)) for line in _lines(listed)]
+    paths = [inside(pictures, image.file) for image in images]
+    done = journal.begin(FeatureFile.rows_there(path, width, half=half))
+    row = sum(entry["boxes"] for entry in done)
+    with (
+        FeatureFile(path, width, half=half, keep_rows=row) as file,
+        tqdm(total=len(images), initial=len(done), desc=split, unit="picture") as bar,
+    ):
+        for image, picture in list(zip(images, paths, strict=True))[len(done) :]:
+            entry: dict[str, Any] = {"number": image.number, "boxes": 0}
+            try:
+                pixels = read_picture(picture)
+            except Exception as error:  # whatever Pillow's decoders raise, it is the file's fault
+                entry["unreadable"] = " ".join(f"{type(error).__name__}: {error}".split())
+            else:
+                features = features_of(pixels)
+                file.write(row, features)
+                file.flush()
+                entry["boxes"] = len(features)
+                row += len(features)
+            done.append(entry)
+            journal.append(entry)
+            bar.update()
+        there = [image for image, entry in zip(images, done, strict=True) if "unreadable" not in entry]
+        if not there:
+            raise ValueError(f"none of the {len(images)} pictures of {split} could be read: {done[0]['unreadable']}")
+        unreadable = [
+            Unreadable(image.file, entry["unreadable"])
+            for image, entry in zip(images, done, strict=True)
+            if "unreadable" in entry
+        ]
+        listed.write_text("".join(f"{item.file}\t{item.reason}\n" for item in unreadable), encoding="utf-8")
+        write_texts(folder, split, [c for image in there for c in image.captions], [image.number for image in there])
+        sizes = [entry["boxes"] for entry in done if "unreadable" not in entry]
+        save_offsets(folder, split, None if fixed else np.cumsum([0, *sizes]))
+        file.finish((len(there), row // len(there), width) if fixed else (row, width))
+    journal.path.unlink()
+    return unreadable
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB, turned as its EXIF data say."""
+    with Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+class _Journal:
+    """A line of JSON for each picture that is done, after a first one that says how."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+
+    def begin(self, rows: int) -> list[dict[str, Any]]:
+        """The entries of before whose regions are among the `rows` on the disk; the file then holds them alone."""
+        entries: list[dict[str, Any]] = []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
+        if lines:  # the last element of the split, dropped above, is empty or a line that was cut off
+            if (earlier := json.loads(lines[0])) != self.settings:
+                raise ValueError(
+                    f"{self.path} was begun with {earlier}, not with {self.settings}; delete it and its .partial file "
+                    "to begin anew"
+                )
+            entries = [json.loads(line) for line in lines[1:]]
+        while sum(entry["boxes"] for entry in entries) > rows:
+            entries.pop()
+        text = "".join(json.dumps(line) + "\n" for line in [self.settings, *entries])
+        self.path.write_text(text, encoding="utf-8")
+        return entries
+
+    def append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []

@@ -1,0 +1,209 @@
+"""Region features of pictures with a random detector: against its own parts, and across kills and broken files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from retrieval.data.detector import BoxChoice, best_first, faster_rcnn, read_weights, region_features
+from retrieval.data.extraction import extract
+from retrieval.data.karpathy import Described
+from retrieval.data.precomputed import read_precomputed
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import extract_regions
+
+SIZE = 64  # pixels; the published detectors take 800
+
+
+@pytest.fixture(scope="module")
+def detector() -> nn.Module:
+    torch.manual_seed(0)
+    return faster_rcnn(None, size=SIZE)
+
+
+def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_regions_are_the_detectors_own(detector: nn.Module) -> None:
+    """With one class per score and no suppression in the way, the best boxes are those that the detector reports."""
+    found = region_features(detector, picture(0), BoxChoice(fewest=5, most=5))
+    assert found.shape == (5, 1024) and found.dtype == np.float32 and (found >= 0).all() and found.any(axis=1).all()
+    caught: list[torch.Tensor] = []
+    hook = detector.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    detector.roi_heads.score_thresh = 0.0
+    pixels = torch.from_numpy(np.array(picture(0))).permute(2, 0, 1).float() / 255
+    with torch.inference_mode():
+        reported = detector([pixels])[0]
+        fc7 = caught[0]
+        logits, _ = detector.roi_heads.box_predictor(fc7)
+    hook.remove()
+    best = logits.softmax(-1)[:, 1:].amax(1)
+    mine = torch.stack([fc7[(fc7 - torch.from_numpy(row)).abs().amax(1).argmin()] for row in found])
+    torch.testing.assert_close(mine, torch.from_numpy(found), atol=1e-5, rtol=1e-4)
+    scores = torch.stack([best[(fc7 - row).abs().amax(1).argmin()] for row in mine])
+    assert scores[0] == pytest.approx(float(reported["scores"].max()), rel=1e-4)
+    assert (scores.diff() <= 1e-6).all(), "best first"
+
+
+def test_ranking_puts_what_suppression_drops_last() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 10, 9.5]])
+    ranking = best_first(boxes, torch.tensor([0.5, 0.9, 0.3, 0.4]), torch.tensor([1, 1, 1, 2]), (40, 40), 0.5)
+    assert ranking.kept.tolist() == [1, 3, 2] and ranking.dropped.tolist() == [0]
+
+
+def test_number_of_regions(detector: nn.Module) -> None:
+    assert region_features(detector, picture(1), BoxChoice()).shape == (36, 1024)
+    assert len(region_features(detector, picture(1), BoxChoice(fewest=3, most=7, score=0.0))) == 7
+    assert len(region_features(detector, picture(1), BoxChoice(fewest=3, most=7, score=0.999))) in range(3, 8)
+    assert region_features(detector, picture(2, 3, 2), BoxChoice(fewest=4, most=4)).shape == (4, 1024)
+    with pytest.raises(ValueError, match="fewest <= most"):
+        BoxChoice(fewest=10, most=3)
+
+
+def test_weights_come_from_either_kind_of_file(detector: nn.Module, tmp_path: Path) -> None:
+    state = detector.state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "a.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        loaded = faster_rcnn(tmp_path / name, size=SIZE)
+        assert np.array_equal(
+            region_features(loaded, picture(3), BoxChoice(fewest=2, most=2)),
+            region_features(detector, picture(3), BoxChoice(fewest=2, most=2)),
+        )
+    (tmp_path / "bad.pth").write_bytes(b"no state dict")
+    with pytest.raises(ValueError, match=r"bad\.pth cannot be read as a state dict"):
+        read_weights(tmp_path / "bad.pth")
+    torch.save({"model": state, "epoch": 3}, tmp_path / "nested.pth")
+    with pytest.raises(ValueError, match="holds dict, expected a state dict: names and tensors alone"):
+        read_weights(tmp_path / "nested.pth")
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not fit torchvision's fasterrcnn_resnet50_fpn"):
+        faster_rcnn(tmp_path / "other.pth")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        faster_rcnn(tmp_path / "nowhere.pth")
+
+
+# ---- many pictures
+
+
+def described(count: int) -> list[Described]:
+    captions = [tuple(f"caption {n} of {number}" for n in range(5)) for number in range(count)]
+    return [Described(50 + number, f"{number}.png", captions[number]) for number in range(count)]
+
+
+def mean_colours(image: Image.Image) -> np.ndarray:
+    """Stands in for a detector: as many regions as the picture is wide / 10, of three numbers."""
+    return np.tile(np.asarray(image, dtype=np.float32).mean((0, 1)), (image.width // 10, 1))
+
+
+def run_extraction(folder: Path, features_of: object = mean_colours, source: str = "test", **options: bool) -> list:
+    settings = {"fixed": False, "half": False} | options
+    return extract("dev", described(6), folder, folder, features_of, width=3, source=source, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for number in range(6):
+        picture(number, width=20 + 10 * number).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_a_killed_extraction_goes_on_and_gives_the_same_file(pictures: Path) -> None:
+    seen: list[int] = []
+
+    def dying(image: Image.Image) -> np.ndarray:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(image.width)
+        return mean_colours(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_extraction(pictures, dying)
+    assert not (pictures / "dev_ims.npy").exists()
+    journal = pictures / "dev_ims.npy.journal"
+    journal.write_text(journal.read_text() + '{"number": 53, "bo')  # killed in the middle of a line
+    with pytest.raises(ValueError, match=r"was begun with .*'source': 'test'.* not with .*'source': 'other'"):
+        run_extraction(pictures, source="other")
+    later: list[int] = []
+    run_extraction(pictures, lambda image: (later.append(image.width), mean_colours(image))[1])
+    assert seen + later == [20, 30, 40, 50, 60, 70], "no picture twice"
+    read = read_precomputed(pictures, "dev")
+    assert read.ids.tolist() == [50, 51, 52, 53, 54, 55] and not journal.exists()
+    for number, features in enumerate(read.features):
+        with Image.open(pictures / f"{number}.png") as image:
+            assert np.array_equal(features, mean_colours(image))
+    assert run_extraction(pictures, dying) == [], "what is finished is left alone"
+
+
+def test_regions_that_never_reached_the_disk_are_extracted_again(pictures: Path) -> None:
+    def dying(image: Image.Image) -> np.ndarray:
+        if image.width == 60:
+            raise KeyboardInterrupt
+        return mean_colours(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_extraction(pictures, dying)
+    partial = pictures / "dev_ims.npy.partial"
+    partial.write_bytes(partial.read_bytes()[:-8])
+    run_extraction(pictures)
+    with Image.open(pictures / "3.png") as image:
+        assert np.array_equal(read_precomputed(pictures, "dev").features[3], mean_colours(image))
+
+
+def test_unreadable_pictures_are_left_out_and_listed(pictures: Path) -> None:
+    (pictures / "1.png").write_bytes(b"not a picture")
+    (pictures / "4.png").unlink()
+    whole = (pictures / "5.png").read_bytes()
+    (pictures / "5.png").write_bytes(whole[: len(whole) // 2])
+    unreadable = run_extraction(pictures, lambda image: mean_colours(image)[:1], fixed=True, half=True)
+    assert [item.file for item in unreadable] == ["1.png", "4.png", "5.png"]
+    assert "UnidentifiedImageError" in unreadable[0].reason and "FileNotFoundError" in unreadable[1].reason
+    listed = (pictures / "dev_unreadable.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["1.png", "4.png", "5.png"]
+    read = read_precomputed(pictures, "dev")
+    assert read.features.shape == (3, 1, 3) and read.features.dtype == np.float16
+    assert read.ids.tolist() == [50, 52, 53] and read.captions[5] == "caption 0 of 2"
+    assert run_extraction(pictures, fixed=True, half=True) == unreadable
+
+
+# ---- the command
+
+
+def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    splits = ["train", "train", "val", "test"]
+    images = [
+        {"imgid": n, "filename": f"{n}.png", "split": split, "sentences": [{"raw": f"{n} {m}"} for m in range(5)]}
+        for n, split in enumerate(splits)
+    ]
+    split_file = tmp_path / "split.json"
+    split_file.write_text(json.dumps({"dataset": "flickr30k", "images": images}))
+    output = tmp_path / "out"
+
+    def run(*arguments: object, images: Path = pictures, size: int = SIZE) -> None:
+        common = ("--images", images, "--karpathy", split_file, "--output", output, "--size", size, "--boxes", 4)
+        extract_regions.main([*map(str, common), *map(str, arguments)])
+
+    run("--random-weights")
+    assert read_precomputed(output, "train").features.shape == (2, 4, 1024)
+    assert "train: 2 images, 0 unreadable" in capsys.readouterr().out
+    assert "fc7 of the 4 best boxes, 64 px, random weights" in (output / "source.txt").read_text()
+    for arguments, changed, message in (
+        ((), {}, "give the detector's --weights FILE, or --random-weights"),
+        (("--random-weights",), {"images": output}, "none of 4 pictures is in --images"),
+        (("--random-weights",), {"size": 2 * SIZE}, "holds features from torchvision Faster R-CNN"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(*arguments, **changed)
+        printed = capsys.readouterr().err
+        assert message in printed and len(printed.strip().splitlines()) == 1
+    assert extract_regions.parser().format_help().count("python scripts/extract_regions.py ") >= 2
