@@ -21,11 +21,18 @@ class Augmentation:
     """VSE-infinity's training augmentation; the probabilities are per region and per word.
 
     A chosen word (all its pieces together) is masked in half of the cases, replaced by random pieces in a tenth, and
-    deleted otherwise. At least one region and one word always stay.
+    deleted otherwise. A set that would lose all its regions keeps them all.
+
+    Args:
+        drop_regions: probability.
+        change_words: probability.
+        keep_words: leave a caption that would lose all its words as it is; else it may be empty but for the special
+            tokens, as in the published code.
     """
 
     drop_regions: float = 0.2
     change_words: float = 0.2
+    keep_words: bool = True
 
     def __post_init__(self) -> None:
         if not (0 <= self.drop_regions < 1 and 0 <= self.change_words < 1):
@@ -48,8 +55,13 @@ class Captions:
         self.mask_id: int = tokenizer.mask_token_id
         self.vocabulary = len(tokenizer)
 
-    def augmented(self, index: int, probability: float, rng: np.random.Generator) -> list[int]:
-        """Token ids of caption `index` with each word masked, replaced or deleted with the given probability."""
+    def augmented(
+        self, index: int, probability: float, rng: np.random.Generator, *, keep_words: bool = True
+    ) -> list[int]:
+        """Token ids of caption `index` with each word masked, replaced or deleted with the given probability.
+
+        Unless `keep_words` is off, a caption that would lose all its words stays as it is.
+        """
         ids, words = self.ids[index], self.words[index]
         distinct = {word for word in words if word is not None}
         draws = {word: rng.random() for word in sorted(distinct)}
@@ -66,7 +78,7 @@ class Captions:
             else:
                 deleted += 1
         special = words.count(None)
-        return changed if len(ids) - deleted > special else ids
+        return changed if len(ids) - deleted > special or (changed and not keep_words) else ids
 
 
 class TrainingPairs(Dataset):
@@ -109,7 +121,9 @@ class TrainingPairs(Dataset):
             image, caption = int(self.data.image_of_caption[index]), index
         visual, tokens = self.data.visual(image), self.captions.ids[caption]
         if self.augmentation is not None:
-            tokens = self.captions.augmented(caption, self.augmentation.change_words, rng)
+            tokens = self.captions.augmented(
+                caption, self.augmentation.change_words, rng, keep_words=self.augmentation.keep_words
+            )
             if visual.ndim == 2:  # a set of regions; frames of a clip are all kept
                 kept = rng.random(len(visual)) >= self.augmentation.drop_regions
                 visual = visual[kept] if kept.any() else visual

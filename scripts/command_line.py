@@ -82,13 +82,17 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def groups(name: str, choices: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """The configuration groups of a command and the choices in each, from its defaults list; `choices` narrows them."""
+    """The configuration groups of a command and the choices in each, from its defaults list.
+
+    `choices` narrows them: a file fits if the `name` in it does, or its own where it has none.
+    """
     defaults = cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml")).defaults
     used = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
     found: dict[str, list[str]] = {}
     for group in (group for group in used if not group.startswith("optional ")):  # those follow another group's choice
-        files = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        found[group] = [file for file in files if file in set(choices.get(group, files))]
+        files = sorted((CONF / group).glob("*.yaml"))
+        named = {path.stem: cast(DictConfig, OmegaConf.load(path)).get("name", path.stem) for path in files}
+        found[group] = [file for file, name in named.items() if name in set(choices.get(group, named.values()))]
     return found
 
 

@@ -3,6 +3,11 @@
     python scripts/train_retrieval.py data=openmoji model=vse_infty adapter=lora regularizer=linear seed=0
     python scripts/train_retrieval.py data=openmoji_clips model=clip4clip adapter.rank=4 trainer.batch_size=32
 
+Flickr30K as VSE-infinity has it, once its files are there (`python scripts/prepare_data.py data=flickr30k` says how);
+protocol=as_published has the published code's mistakes back:
+
+    python scripts/train_retrieval.py data=flickr30k model=vse_infty_base loss=triplet protocol=as_published
+
 A sweep, one run folder each:
 
     python scripts/train_retrieval.py --multirun regularizer=none,linear seed=0,1,2

@@ -16,12 +16,16 @@ from adapters import adapter_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """Peak learning rates by group, and the decoupled weight decay of AdamW (none on vectors: biases, norms)."""
+    """Peak learning rates by group, and the decoupled weight decay of AdamW.
+
+    Vectors (biases, norms) do not decay, unless `decay_vectors` is set.
+    """
 
     adapter: float = 2e-3
     head: float = 1e-3
     backbone: float = 5e-5
     weight_decay: float = 1e-4
+    decay_vectors: bool = False
 
 
 def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> list[dict]:
@@ -36,7 +40,7 @@ def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, .
         if parameter.requires_grad:
             head = any(name == path or name.startswith(path + ".") for path in heads)
             kind = "adapter" if name in adapter else "head" if head else "backbone"
-            groups.setdefault((kind, parameter.dim() > 1), []).append(parameter)
+            groups.setdefault((kind, parameter.dim() > 1 or rates.decay_vectors), []).append(parameter)
     if not groups:
         raise ValueError(f"nothing trains in {type(model).__name__}: inject an adapter, or name what trains besides it")
     return [

@@ -1,0 +1,168 @@
+"""The Flickr30K recipe end to end on files in the published format, with a BERT folder as a hub's download has it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from region_folders import WORDS, features_of, write_folder, write_split
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+from retrieval.batch import Augmentation, Captions, TrainingPairs
+from retrieval.data import Flickr30K
+from retrieval.models import bert
+from retrieval.train import train
+from training.optimizers import LearningRates, parameter_groups
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from command_line import compose  # noqa: E402
+
+COMMON = (
+    "data=flickr30k", "data.counts=any", "model=vse_infty_base", "loss=triplet", "model.embed_dim=16",
+    "model.hidden_dim=8", "adapter.rank=2", "trainer.batch_size=16", "trainer.workers=0", "trainer.threads=1",
+    "trainer.precision=float32", "trainer.stages.adapt.epochs=1", "trainer.stages.regularize.epochs=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As bert-base-uncased is published: with the head of its pretraining, which nobody here wants."""
+    folder = tmp_path_factory.mktemp("root") / "bert-base-uncased"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s"]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["once", "repeated", "ragged"])
+def test_train(layout: str, bert_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "flickr30k"
+    write_folder(folder, repeated=layout == "repeated", regions=6)
+    if layout == "ragged":
+        sets = [features_of(1, regions=1 + image % 5, seed=image)[0] for image in range(24)]
+        write_split(folder, "train", sets)
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    protocol = "as_published" if layout == "ragged" else "mended"
+    overrides = [f"root={tmp_path}", f"runs={tmp_path / 'runs'}", f"protocol={protocol}", "seed=3"]
+    if protocol == "as_published":
+        overrides.append("data.dev_images=7")
+    run = train(compose("train_retrieval", [*COMMON, *overrides]))
+    assert (run.path / "report.html").is_file() and (run.path / "adapter.safetensors").is_file()
+    described, metrics = run.read_json("run.json"), run.read_json("metrics.json")
+    assert described["data"]["images"] == {"train": 24, "validation": 7 if layout == "ragged" else 8, "test": 6}
+    assert described["data"]["captions"]["train"] == 120
+    assert "best Rsum on validation" in described["selection"]
+    assert described["preprocessing"].startswith("precomputed region features, ")
+    assert 0 < metrics["test"]["rsum"] <= 600
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in log} == {"adapt", "regularize"}
+    assert any("triplet" in line.get("parts", {}) for line in log)
+
+
+def test_one_option_has_the_published_code_back() -> None:
+    def settings(protocol: str) -> dict[str, Any]:
+        config = compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base", f"protocol={protocol}"])
+        return {
+            "dev": config["data"]["dev_images"],
+            "padding": config["model"]["padding_in_statistics"],
+            "words": config["trainer"]["augmentation"]["keep_words"],
+            "decay": config["trainer"]["rates"]["decay_vectors"],
+        }
+
+    assert settings("mended") == {"dev": None, "padding": False, "words": True, "decay": False}
+    assert settings("as_published") == {"dev": 1000, "padding": True, "words": False, "decay": True}
+    default = compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base"])
+    assert default == compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base", "protocol=mended"])
+
+
+@pytest.mark.parametrize("data", ["flickr30k", "coco"])
+def test_the_published_recipe(data: str) -> None:
+    """VSE-infinity's script for region features."""
+    config = compose("train_retrieval", [f"data={data}", "model=vse_infty_base", "loss=triplet"])
+    trainer = config["trainer"]
+    assert sum(stage["epochs"] for stage in trainer["stages"].values()) == 25
+    assert (trainer["batch_size"], trainer["pairing"], trainer["max_grad_norm"]) == (128, "caption", 2.0)
+    assert {key: trainer["rates"][key] for key in ("head", "backbone", "weight_decay")} == {
+        "head": 5e-4, "backbone": 5e-5, "weight_decay": 1e-4,
+    }  # fmt: skip
+    assert trainer["schedule"] == {"name": "step", "at": [15], "factor": 0.1} and trainer["warmup"] == 0
+    assert trainer["selection"] == "validation"
+    assert config["loss"] == {"name": "triplet", "margin": 0.2, "warmup_epochs": 1}
+    assert (config["model"]["name"], config["model"]["embed_dim"], config["model"]["hidden_dim"]) == (
+        "vse_infty",
+        1024,
+        512,
+    )
+
+
+# ---- the parts of the protocol that are not the region encoder's
+
+
+class Data:
+    captions = ("dog", "red ball")
+    image_of_caption = np.array([0, 1])
+
+    def __len__(self) -> int:
+        return 2
+
+    def visual(self, index: int) -> np.ndarray:
+        return np.ones((2, 3), dtype=np.float32)
+
+
+def test_a_caption_may_lose_all_its_words_as_published_but_an_image_not_all_its_regions(bert_folder: Path) -> None:
+    captions = Captions(Data.captions, bert(str(bert_folder), bert_folder)[1])
+    shortest = {}
+    for keep_words in (True, False):
+        augmentation = Augmentation(drop_regions=0.9, change_words=0.9, keep_words=keep_words)
+        pairs = TrainingPairs(Data(), captions, pairing="caption", augmentation=augmentation, seed=0)
+        items = []
+        for epoch in range(100):
+            pairs.set_epoch(epoch)
+            items += [pairs[0], pairs[1]]
+        shortest[keep_words] = min(len(item["input_ids"]) for item in items)
+        assert {len(item["visual"]) for item in items} == {1, 2}
+    assert shortest == {True: 3, False: 2}  # [CLS] and [SEP] are left
+
+
+def test_weight_decay_on_everything_as_published() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    for everything, decays in ((False, {0.0: 3, 0.5: 1}), (True, {0.5: 4})):
+        groups = parameter_groups(model, LearningRates(weight_decay=0.5, decay_vectors=everything), heads=("0", "1"))
+        assert {group["weight_decay"]: len(group["params"]) for group in groups} == decays
+
+
+# ---- the commands
+
+
+def test_preparing_says_how_to_get_the_files(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/prepare_data.py", "data=flickr30k", f"root={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "f30k_precomp" in done.stderr and "scripts/convert_regions.py tsv" in done.stderr
+    write_folder(tmp_path / "flickr30k", regions=2)
+    options = compose("prepare_data", ["data=flickr30k", "data.counts=any"])["data"]["prepare"]
+    Flickr30K.prepare(tmp_path, tmp_path, **options)
+    with pytest.raises(ValueError, match="published are 29000"):
+        Flickr30K.prepare(tmp_path, tmp_path)
+
+
+def test_a_missing_bert_folder_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "flickr30k", regions=2)
+    config = compose("train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"])
+    with pytest.raises(FileNotFoundError, match=r"model\.text=.*bert-base-uncased: expected 'minilm' or a folder"):
+        train(config)
+    assert not (tmp_path / "runs").exists()
