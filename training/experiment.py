@@ -94,7 +94,15 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
             rates=LearningRates(**trainer["rates"]),
             **{
                 key: trainer[key]
-                for key in ("batch_size", "warmup", "max_grad_norm", "selection", "restart", "workers")
+                for key in (
+                    "batch_size",
+                    "warmup",
+                    "max_grad_norm",
+                    "selection",
+                    "evaluate_every",
+                    "restart",
+                    "workers",
+                )
             },
             report_to=tuple(trainer["report_to"]),
         ),

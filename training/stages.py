@@ -54,6 +54,7 @@ class Recipe:
         warmup: share of a stage's steps with a rising learning rate, before a cosine decay to zero.
         max_grad_norm: global norm to which gradients are clipped.
         selection: keep the weights of the "last" epoch of a stage, or of the epoch that is best on "validation".
+        evaluate_every: epochs between two evaluations on the validation split; a stage's last epoch has always one.
         restart: give each stage a fresh optimiser and schedule; otherwise the optimiser's state goes on and one
             schedule spans all stages.
         workers: processes that load data; 0 loads in the training process.
@@ -69,6 +70,7 @@ class Recipe:
     warmup: float = 0.1
     max_grad_norm: float = 2.0
     selection: str = "last"
+    evaluate_every: int = 1
     restart: bool = True
     workers: int = 0
     report_to: tuple[str, ...] = ()
@@ -86,6 +88,11 @@ class Recipe:
             )
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
+        if self.evaluate_every < 1 or (self.evaluate_every > 1 and self.selection == "validation"):
+            raise ValueError(
+                f"evaluate_every is {self.evaluate_every}; expected 1 or more epochs, and 1 for selection=validation, "
+                "which compares all epochs"
+            )
         if not self.restart and self.selection != "last":
             raise ValueError(
                 "restart=False goes on with the optimiser of a stage's last epoch, and selection=validation with the "
@@ -137,6 +144,7 @@ def run_stages(
                 regularizer=regularizer if stage.regularize else None,
                 evaluator=evaluator,
                 first_epoch=first_epoch,
+                evaluate_every=recipe.evaluate_every,
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)

@@ -54,6 +54,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         regularizer: a penalty on the subspaces of each training step, or None.
         evaluator: model -> metrics, run at the end of each epoch; logged with the prefix "eval_". Or None.
         first_epoch: epochs that earlier stages trained.
+        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         kwargs: as of `transformers.Trainer`.
     """
 
@@ -66,13 +67,14 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         regularizer: ReSoRA | None = None,
         evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
         first_epoch: int = 0,
+        evaluate_every: int = 1,
         **kwargs: Any,
     ) -> None:
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
         super().__init__(regularizer=regularizer, eval_dataset=None if evaluator is None else [], **kwargs)
         self.objective = objective
         self.evaluator, self.first_epoch = evaluator, first_epoch
-        self.add_callback(_Epochs(self.train_dataset, first_epoch))
+        self.add_callback(_Epochs(self.train_dataset, first_epoch, evaluate_every))
         self.add_callback(_AfterStep(later_stage=first_epoch > 0))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,8 +114,8 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
 class _Epochs(TrainerCallback):
     """Tell the training data which epoch begins, so that its augmentation is a function of seed, epoch and item."""
 
-    def __init__(self, dataset: Any, first_epoch: int) -> None:
-        self.dataset, self.first_epoch = dataset, first_epoch
+    def __init__(self, dataset: Any, first_epoch: int, evaluate_every: int) -> None:
+        self.dataset, self.first_epoch, self.evaluate_every = dataset, first_epoch, evaluate_every
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,6 +126,9 @@ class _Epochs(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        epoch = round(state.epoch or 0)
+        if epoch % self.evaluate_every and epoch < args.num_train_epochs:
+            control.should_evaluate = False
         control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
 
 
