@@ -173,6 +173,7 @@ def test_a_mistake_says_what_is_expected(
 def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process, which spares the imports; only resident memory, which is not looked at, needs fresh ones."""
     monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
     options = "--tiny --backbones vit --methods lora dtl --batch 1 --pairs 1 --peft-pairs 1 --few-pairs 1 --threads 1"
     benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
     found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))

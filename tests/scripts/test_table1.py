@@ -54,6 +54,6 @@ def test_a_row(path: Path) -> None:
     assert (experiment.data, experiment.model["name"], config["loss"]["name"]) == (column, model, loss)
     assert (experiment.regularizer is not None) == (row == "lora_resora")
     assert experiment.seed == 3
-    name = {"prompt": {"flickr30k": "prefix", "msrvtt": "vpt"}, "fact": {"flickr30k": "fact_tk", "msrvtt": "fact_tt"}}
+    name = {"prompt": {"flickr30k": "prefix", "msrvtt": "vpt"}, "fact": {column: "fact_tt"}}
     assert experiment.adapter.name == name.get(row, {}).get(column, row.removesuffix("_resora"))
     assert experiment.adapter.name in ADAPTERS
