@@ -82,14 +82,23 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def groups(name: str, choices: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """The configuration groups of a command and the choices in each, from its defaults list; `choices` narrows them."""
+    """The configuration groups of a command and the choices in each, from its defaults list.
+
+    `choices` narrows a group to the files that are called, or whose `name` is, one of its names.
+    """
     defaults = cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml")).defaults
     used = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
     found: dict[str, list[str]] = {}
     for group in (group for group in used if not group.startswith("optional ")):  # those follow another group's choice
-        files = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        found[group] = [file for file in files if file in set(choices.get(group, files))]
+        fitting = choices.get(group)
+        files = sorted((CONF / group).glob("*.yaml"))
+        found[group] = [file.stem for file in files if fitting is None or {file.stem, _name(file)} & set(fitting)]
     return found
+
+
+def _name(file: Path) -> str:
+    """The key `name` of a configuration file, or ""."""
+    return str(cast(DictConfig, OmegaConf.load(file)).get("name", ""))
 
 
 def _choices(known: dict[str, list[str]]) -> str:

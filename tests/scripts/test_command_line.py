@@ -28,7 +28,9 @@ def test_help_shows_two_examples_of_the_command(command: str) -> None:
 
 def test_help_offers_what_fits_the_command() -> None:
     retrieval, classification = run("train_retrieval", "--help").stdout, run("train_classification", "--help").stdout
-    assert "data=openmoji|openmoji_clips\n" in retrieval and "model=clip4clip|vse_infty\n" in retrieval
+    assert (
+        "data=openmoji|openmoji_clips\n" in retrieval and "model=clip4clip|clip4clip_vit_b32|vse_infty\n" in retrieval
+    )
     assert "data=digits\n" in classification and "model=dinov2_small\n" in classification
     for shared in ("  adapter=", "  regularizer="):
         both = [[line for line in text.splitlines() if line.startswith(shared)] for text in (retrieval, classification)]
