@@ -83,13 +83,11 @@ def write_cache(
 
 
 def read_clip(path: Path, reading: Reading) -> Clip:
-    """The frames of a file, or none and the reason, whatever a decoder raises."""
+    """The frames of a file, or none and the reason."""
     try:
         frames, reason = reading.of(path), ""
     except VideoError as error:
         frames, reason = reading.none(), error.reason
-    except Exception as error:
-        frames, reason = reading.none(), f"{type(error).__name__}: {error}"
     return Clip(frames, Item(len(frames), reason, *size_and_digest(path)))
 
 
@@ -168,12 +166,9 @@ def _line(**record: object) -> bytes:
 def _read(
     todo: Sequence[tuple[str, Path]], reading: Reading, workers: int | None, time_limit: float
 ) -> Iterator[tuple[str, Clip]]:
-    paths = [path for _, path in todo]
-    if workers == 0:
-        yield from ((clip, read_clip(path, reading)) for clip, path in todo)
-        return
-    function = partial(read_clip, reading=reading)
-    for position, read in timed_map(function, paths, workers=workers or cores(), seconds=time_limit):
+    workers = cores() if workers is None else workers
+    paths, function = [path for _, path in todo], partial(read_clip, reading=reading)
+    for position, read in timed_map(function, paths, workers=workers, seconds=time_limit):
         clip, path = todo[position]
         if isinstance(read, Failure):
             read = Clip(reading.none(), Item(0, read.reason, *size_and_digest(path)))

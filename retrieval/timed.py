@@ -38,15 +38,18 @@ def timed_map(
     Args:
         function: a function of a module, or a partial of one: it is pickled, as are values and results.
         values: its arguments.
-        workers: processes, at least 1.
+        workers: processes; 0 calls in this process, without a limit.
         seconds: the longest that one call may take.
 
     Raises:
         ValueError: `workers` or `seconds` is out of range.
         RuntimeError: a process ended before its first call, so that no other would fare better.
     """
-    if workers < 1 or not seconds > 0:
-        raise ValueError(f"workers={workers}, seconds={seconds}; expected at least 1 process and a positive time")
+    if workers < 0 or not seconds > 0:
+        raise ValueError(f"workers={workers}, seconds={seconds}; expected 0 processes or more, and a positive time")
+    if workers == 0:
+        yield from ((position, _called(function, value)) for position, value in enumerate(values))
+        return
     waiting = deque(enumerate(values))
     team = [_Worker(function) for _ in range(min(workers, len(values)))]
     try:
@@ -123,11 +126,13 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     connection.send(None)
     try:
         while True:
-            value = connection.recv()
-            try:
-                result = function(value)
-            except Exception as error:  # whatever a decoder raises: one value's failure, told by name
-                result = Failure(f"{type(error).__name__}: {error}")
-            connection.send(result)
+            connection.send(_called(function, connection.recv()))
     except (EOFError, OSError):
         return  # the parent is gone
+
+
+def _called(function: Callable[[Value], Result], value: Value) -> Result | Failure:
+    try:
+        return function(value)
+    except Exception as error:  # whatever a decoder raises: one value's failure, told by name
+        return Failure(f"{type(error).__name__}: {error}")

@@ -34,7 +34,9 @@ def main(config: dict[str, Any]) -> None:
 
 
 def verify(config: dict[str, Any]) -> None:
+    prepare = config["data"]["prepare"]
     options = {key: value for key, value in config["data"].items() if key not in ("name", "prepare")}
+    options |= {key: prepare[key] for key in ("workers", "time_limit") if key in prepare}
     if config["decode"]:
         options["decode"] = True
     result = DATASETS[config["data"]["name"]].verify(Path(config["root"]), **options)

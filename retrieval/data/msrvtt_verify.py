@@ -42,7 +42,7 @@ def verify_msrvtt(
     Args:
         folder: of the annotation files and of ``videos/``.
         decode: whether to decode the frames that are kept, instead of reading each file's index.
-        workers: processes, None for one a core.
+        workers: processes, None for one a core; 0 opens in this one, without a time limit.
         time_limit: seconds for one file.
         options: of `MSRVTTOptions`; `max_unreadable` is for training, here every unreadable video is a problem.
 
@@ -63,7 +63,7 @@ def verify_msrvtt(
         videos = find_videos(folder / "videos", pairs["video_id"].unique())
         missing = {video: f"there is no {path}" for video, path in videos.items() if not path.is_file()}
         there = {video: path for video, path in videos.items() if video not in missing}
-        unreadable = _unreadable(name, there, chosen.reading if decode else None, workers or cores(), time_limit)
+        unreadable = _unreadable(name, there, chosen.reading if decode else None, cores() if workers is None else workers, time_limit)
         problems += [f"{name}: {video}: {reason}" for video, reason in (missing | unreadable).items()]
         problems += _of_cache(CacheFiles(folder / "frames", name, chosen.reading), videos)
         splits.append(SplitCount(name, *count, len(missing), len(unreadable), PUBLISHED[name]))
