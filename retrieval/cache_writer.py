@@ -66,7 +66,9 @@ def write_cache(
         todo = [clip for clip, path in videos.items() if not _is_current(done.get(clip), path)]
         with (
             _Writer(files, {clip: row for row, clip in enumerate(videos)}) as writer,
-            tqdm(total=len(videos), initial=len(videos) - len(todo), desc=files.name, unit="clip") as bar,
+            tqdm(
+                total=len(videos), initial=len(videos) - len(todo), desc=files.name, unit="clip", disable=not todo
+            ) as bar,
         ):
             writer.forget([clip for clip in todo if clip in done])
             unreadable = 0
