@@ -1,7 +1,7 @@
 """How the frames of a clip are read: one value that a data set, its frame cache and a run's record share.
 
-    reading = Reading(frames=12, frames_per_second=1.0, size=224)   # CLIP4Clip
-    reading.of("video7010.mp4")                                     # (T <= 12, 224, 224, 3) uint8
+reading = Reading(frames=12, frames_per_second=1.0, size=224)   # CLIP4Clip
+reading.of("video7010.mp4")                                     # (T <= 12, 224, 224, 3) uint8
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Reading:
             if not (value is None and name == "size") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1")
         if self.frames_per_second is not None and not 0 < self.frames_per_second < float("inf"):
-            raise ValueError(f"frames_per_second is {self.frames_per_second}; expected a positive rate, or null for all")
+            raise ValueError(
+                f"frames_per_second is {self.frames_per_second}; expected a positive rate, or null for all"
+            )
         for name, known in (("slicing", SLICINGS), ("backend", tuple(BACKENDS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")

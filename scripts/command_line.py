@@ -96,7 +96,7 @@ def groups(name: str, choices: Mapping[str, Iterable[str]]) -> dict[str, list[st
 
 
 def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callable[[dict[str, Any]], None] | None:
-    """What the bare word among the arguments stands for, if there is one; it is taken out, Hydra knows no such thing."""
+    """What the bare word among the arguments stands for, if there is one; it is taken out, as Hydra knows no words."""
     bare = [argument for argument in sys.argv[1:] if re.fullmatch(r"\w+", argument)] if words else []
     for word in bare:
         if word not in words:

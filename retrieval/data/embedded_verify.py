@@ -48,7 +48,9 @@ def verify_embedded(
             continue
         found = (len(data), len(data.captions))
         if found != expected:
-            problems.append(f"{split}: {found[0]} items with {found[1]} captions, made were {expected[0]}, {expected[1]}")
+            problems.append(
+                f"{split}: {found[0]} items with {found[1]} captions, made were {expected[0]}, {expected[1]}"
+            )
         wrong = []
         for index in tqdm(range(len(data)), desc=f"checking {split}", unit="item"):
             if reason := check_item(data, index):

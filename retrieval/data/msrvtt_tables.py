@@ -108,7 +108,9 @@ def carve_validation(videos: Sequence[str], count: int, seed: int) -> list[str]:
 
 def one_caption_each(captions: pd.DataFrame, seed: int) -> pd.DataFrame:
     """One sentence of each video, drawn by hash: pairs of the form that the test split has."""
-    hashes = [_hash(seed, video, sentence) for video, sentence in zip(captions["video_id"], captions["sen_id"], strict=True)]
+    hashes = [
+        _hash(seed, video, sentence) for video, sentence in zip(captions["video_id"], captions["sen_id"], strict=True)
+    ]
     first = captions.assign(hash=hashes).sort_values("hash", kind="stable").drop_duplicates("video_id").index
     return captions.loc[sorted(first)].reset_index(drop=True)
 

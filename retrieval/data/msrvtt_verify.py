@@ -63,7 +63,9 @@ def verify_msrvtt(
         videos = find_videos(folder / "videos", pairs["video_id"].unique())
         missing = {video: f"there is no {path}" for video, path in videos.items() if not path.is_file()}
         there = {video: path for video, path in videos.items() if video not in missing}
-        unreadable = _unreadable(name, there, chosen.reading if decode else None, cores() if workers is None else workers, time_limit)
+        unreadable = _unreadable(
+            name, there, chosen.reading if decode else None, cores() if workers is None else workers, time_limit
+        )
         problems += [f"{name}: {video}: {reason}" for video, reason in (missing | unreadable).items()]
         problems += _of_cache(CacheFiles(folder / "frames", name, chosen.reading), videos)
         splits.append(SplitCount(name, *count, len(missing), len(unreadable), PUBLISHED[name]))

@@ -60,9 +60,7 @@ class OpenMojiClips:
 
     name = "openmoji_clips"
 
-    def __init__(
-        self, root: Path, split: str, frames: int = 4, size: int | None = None, cache: bool = False
-    ) -> None:
+    def __init__(self, root: Path, split: str, frames: int = 4, size: int | None = None, cache: bool = False) -> None:
         self.folder = Path(root) / self.name
         self.split, self.reading = split, Reading(frames=frames, size=size)
         check_prepared(self.folder, self.name, split)

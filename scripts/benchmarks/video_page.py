@@ -34,9 +34,9 @@ on {date}: {processor}, {threads} threads, torch {torch}. The raw numbers are in
 
 A time is decided when its whole interval lies on one side of the target.
 """
-STAND_IN = """- OpenCV, which the authors use, is not installed here; PyAV stands in for it, with their transforms (torchvision on
-  PIL). "Seeking as OpenCV does": for each frame to the key frame before it, and on from there; OpenCV's
-  CAP_PROP_POS_FRAMES does the same. "In order": every frame of the file is decoded once, less work than OpenCV's.
+STAND_IN = """- OpenCV, which the authors use, is not installed here; PyAV stands in for it, with their transforms
+  (torchvision on PIL). "Seeking as OpenCV does": for each frame to the key frame before it, and on from there, as
+  OpenCV's CAP_PROP_POS_FRAMES does. "In order": every frame of the file is decoded once, less work than OpenCV's.
 """
 
 
@@ -44,11 +44,10 @@ def page(results: Mapping[str, Any]) -> str:
     """Markdown with a row for each way of ours beside each of prior code's, and the targets."""
     rows = results["rows"]
     heads = ["Ours", "Prior code", "Clips a second, ours", "Prior code's", "Time"]
-    lines = [
-        [SHOWN[row["name"]], row["prior"], _rate(row["seconds"]), _rate(row["prior_seconds"])]
-        + [time_ratio(row["time_ratios"])]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        rates = [f"{1 / median(row[seconds]):,.1f}" for seconds in ("seconds", "prior_seconds")]
+        lines.append([SHOWN[row["name"]], row["prior"], *rates, time_ratio(row["time_ratios"])])
     return PAGE.format(
         **results["settings"],
         megabytes=results["megabytes"],
@@ -58,14 +57,12 @@ def page(results: Mapping[str, Any]) -> str:
     )
 
 
-def _rate(seconds: Sequence[float]) -> str:
-    return f"{1 / median(seconds):,.1f}"
-
-
 def _targets(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         target, ratios = TARGETS[row["name"]], row["time_ratios"]
         what = f"{SHOWN[row['name']]}, against {row['prior']}"
-        lines.append([what, f"x {target:.3f}", f"{1 / target:.0f}", f"{1 / median(ratios):.1f}", verdict(ratios, target)])
+        lines.append(
+            [what, f"x {target:.3f}", f"{1 / target:.0f}", f"{1 / median(ratios):.1f}", verdict(ratios, target)]
+        )
     return markdown(["Read", "Time at most", "Times as fast: target", "Measured", "Reached"], lines)

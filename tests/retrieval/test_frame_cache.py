@@ -92,7 +92,10 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, videos: dict[s
     for reason, (_, expected) in zip(report["reason"], BAD_FILES.values(), strict=True):
         assert any(part in reason for part in expected.split("|"))
     count = len(bad)
-    assert cache.summary() == f"list: 1 of {count + 1} videos have frames, {count} cannot be read: see {cache.files.report}"
+    assert (
+        cache.summary()
+        == f"list: 1 of {count + 1} videos have frames, {count} cannot be read: see {cache.files.report}"
+    )
 
 
 def test_a_killed_call_is_resumed(tmp_path: Path, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

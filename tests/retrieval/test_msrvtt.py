@@ -34,7 +34,15 @@ def annotate(folder: Path) -> None:
             rows.writerow([f"ret{number}", video.replace("video", "msr"), video, sentence])
     everything = [f"video{number}" for number in range(8)] + TEST
     videos = [
-        {"id": number, "video_id": video, "category": 9, "url": "", "start time": 0.0, "end time": 9.0, "split": "train"}
+        {
+            "id": number,
+            "video_id": video,
+            "category": 9,
+            "url": "",
+            "start time": 0.0,
+            "end time": 9.0,
+            "split": "train",
+        }
         for number, video in enumerate(everything)
     ]
     sentences = [  # as in the published file, the 20 of a video do not follow one another
@@ -258,7 +266,11 @@ def test_verify_of_damaged_files(damaged: Path, decode: bool) -> None:
     train, _, test = result.splits
     assert (train.missing, train.unreadable, test.missing, test.unreadable) == (1, 1 + decode, 0, 1)
     told = "\n".join(result.problems)
-    for part in ("train.9k: video7: there is no ", "video3: it holds no video stream", "test: video9975: the file is empty"):
+    for part in (
+        "train.9k: video7: there is no ",
+        "video3: it holds no video stream",
+        "test: video9975: the file is empty",
+    ):
         assert part in told
     assert (f"train.9k: {TRAIN[1]}: " in told) == decode
 

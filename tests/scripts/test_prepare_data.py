@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))  # as for `python scripts/prepare_data.py`
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/prepare_data.py`
 
 import prepare_data
 from command_line import compose
 
 from retrieval.data import DATASETS, OpenMojiClips, OpenMojiScenes
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
