@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ def timed_map(
 ) -> Iterator[tuple[int, Result | Failure]]:
     """Yield (position in `values`, result or `Failure`) of every call, in the order in which they end.
 
-    The processes are started afresh ("spawn"), so a script that comes here needs its `if __name__ == "__main__":`.
+    The processes share nothing with this one, so a script that comes here needs its `if __name__ == "__main__":`.
 
     Args:
         function: a function of a module, or a partial of one: it is pickled, as are values and results.
@@ -83,7 +83,7 @@ class _Worker:
     """A process that calls `function` on what it is sent."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        context = get_context("spawn")  # a forked process would inherit locks that other threads hold
+        context = _context()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
         self.process.start()
@@ -119,6 +119,15 @@ class _Worker:
         self.process.kill()
         self.process.join(timeout=5)  # a process that waits for a dead network drive cannot even be killed
         self.connection.close()
+
+
+def _context() -> Any:
+    """How processes are started: not forked from this one, whose other threads may hold locks just then."""
+    if "forkserver" not in get_all_start_methods():  # Windows
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # the package, and torch with it, is imported once for all processes
+    return context
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
