@@ -2,10 +2,10 @@
 
     >>> train = DATASETS["openmoji"](Path("data"), "train")        # doctest: +SKIP
 
-The two embedded ones need no download from a data host. What people made in them: the drawings (OpenMoji, CC BY-SA
-4.0), the names (Unicode CLDR) and the keywords (emojilib). What is synthetic: which drawings meet, where, on which
-background, with which motion, and the sentences that say so. Pictures and clips made from OpenMoji are adaptations of
-it and stay under CC BY-SA 4.0; see ATTRIBUTION.md.
+MSR-VTT is read where the user has put it. The two embedded ones need no download from a data host. What people made in
+them: the drawings (OpenMoji, CC BY-SA 4.0), the names (Unicode CLDR) and the keywords (emojilib). What is synthetic:
+which drawings meet, where, on which background, with which motion, and the sentences that say so. Pictures and clips
+made from OpenMoji are adaptations of it and stay under CC BY-SA 4.0; see ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from retrieval.data.dataset import SPLITS, RetrievalDataset
+from retrieval.data.msrvtt import MSRVTT
 from retrieval.data.openmoji import OpenMojiScenes
 from retrieval.data.openmoji_clips import OpenMojiClips
 
-DATASETS: dict[str, Any] = {"openmoji": OpenMojiScenes, "openmoji_clips": OpenMojiClips}
+DATASETS: dict[str, Any] = {"openmoji": OpenMojiScenes, "openmoji_clips": OpenMojiClips, "msrvtt": MSRVTT}
 
-__all__ = ["DATASETS", "SPLITS", "OpenMojiClips", "OpenMojiScenes", "RetrievalDataset"]
+__all__ = ["DATASETS", "MSRVTT", "SPLITS", "OpenMojiClips", "OpenMojiScenes", "RetrievalDataset"]

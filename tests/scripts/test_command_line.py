@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,12 @@ def test_help_shows_two_examples_of_the_command(command: str) -> None:
 
 def test_help_offers_what_fits_the_command() -> None:
     retrieval, classification = run("train_retrieval", "--help").stdout, run("train_classification", "--help").stdout
-    assert (
-        "data=openmoji|openmoji_clips\n" in retrieval and "model=clip4clip|clip4clip_vit_b32|vse_infty\n" in retrieval
-    )
+    for group, choices in {
+        "data": ("openmoji", "openmoji_clips", "msrvtt"),
+        "model": ("clip4clip", "vse_infty"),
+    }.items():
+        for choice in choices:
+            assert re.search(rf"^  {group}=(\w+\|)*{choice}(\||$)", retrieval, re.MULTILINE)
     assert "data=digits\n" in classification and "model=dinov2_small\n" in classification
     for shared in ("  adapter=", "  regularizer="):
         both = [[line for line in text.splitlines() if line.startswith(shared)] for text in (retrieval, classification)]
@@ -44,7 +48,7 @@ def test_help_offers_what_fits_the_command() -> None:
         ("adapter=loar", "did you mean adapter=lora?"),
         ("regularizer=liner", "did you mean regularizer=linear?"),
         ("trainer.batchsize=3", "did you mean trainer.batch_size=3?"),
-        ("data=digits", "unknown data 'digits'; choose from openmoji, openmoji_clips"),
+        ("data=digits", "unknown data 'digits'; choose from "),
         ("adaptor=lora", "did you mean adapter=lora?"),
         ("adapter.rank=0", "rank >= 1"),
         ("adapter=full", "use regularizer=none"),
