@@ -143,6 +143,11 @@ class DTLPlus(DTL):
     def mix(self, tower: Tower, block: Block) -> nn.Module:
         if tower.kind == "swin":
             return DepthwiseMix(block.width, self.kernel, 0, None)
+        if not hasattr(tower.module, "patch_embed"):
+            raise ValueError(
+                f"{self.name} has to know how tokens lie in the image, but {type(tower.module).__name__} has no "
+                "patch_embed with a grid_size; use dtl, or give it one"
+            )
         rows, columns = tower.module.patch_embed.grid_size
         return DepthwiseMix(block.width, self.kernel, tower.module.num_prefix_tokens, (rows, columns))
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from training import choose
+
+
+class Patches(NamedTuple):
+    """The patches of a ViT, under the names of timm's `PatchEmbed`: rows and columns of the grid, pixels of a patch."""
+
+    grid_size: tuple[int, int]
+    patch_size: tuple[int, int]
 
 
 class TokenClassifier(nn.Module):
@@ -22,15 +29,26 @@ class TokenClassifier(nn.Module):
         norm: the model's final norm.
         width: of a token.
         classes: number of classes.
+        patches: how the tokens lie in the image, which adapters with a convolution over it (DTL+) ask for.
+        num_prefix_tokens: tokens before the patches (class and register tokens).
         frozen_parameters: how many parameters the blocks before it have.
     """
 
     heads = ("head",)
 
     def __init__(
-        self, blocks: Mapping[int, nn.Module], norm: nn.Module, *, width: int, classes: int, frozen_parameters: int = 0
+        self,
+        blocks: Mapping[int, nn.Module],
+        norm: nn.Module,
+        *,
+        width: int,
+        classes: int,
+        patches: Patches,
+        num_prefix_tokens: int = 1,
+        frozen_parameters: int = 0,
     ) -> None:
         super().__init__()
+        self.patch_embed, self.num_prefix_tokens = patches, num_prefix_tokens  # under timm's names
         self.blocks = nn.ModuleDict({str(number): block for number, block in blocks.items()})
         self.norm = norm
         self.head = nn.Linear(width, classes)
@@ -64,7 +82,15 @@ def split_vit(vit: Any, frozen_blocks: int, classes: int) -> tuple[nn.Module, To
     vit.reset_classifier(0)
     frozen = vit.requires_grad_(False).eval()
     parameters = sum(parameter.numel() for parameter in frozen.parameters())
-    end = TokenClassifier(last, norm, width=vit.embed_dim, classes=classes, frozen_parameters=parameters)
+    end = TokenClassifier(
+        last,
+        norm,
+        width=vit.embed_dim,
+        classes=classes,
+        patches=Patches(vit.patch_embed.grid_size, vit.patch_embed.patch_size),
+        num_prefix_tokens=vit.num_prefix_tokens,
+        frozen_parameters=parameters,
+    )
     return frozen, end.eval()
 
 

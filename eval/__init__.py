@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from eval.accuracy import accuracy_metrics, chance_accuracy, render_accuracy
 from eval.chance import chance_level
-from eval.index import top_k
-from eval.metrics import retrieval_metrics
+from eval.index import top_k, top_k_of_scores
+from eval.metrics import retrieval_metrics, score_metrics
 from eval.tables import render_table
 
 __all__ = [
@@ -31,5 +31,7 @@ __all__ = [
     "render_accuracy",
     "render_table",
     "retrieval_metrics",
+    "score_metrics",
     "top_k",
+    "top_k_of_scores",
 ]

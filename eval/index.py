@@ -80,7 +80,13 @@ def top_k(
         raise ValueError(f"k: expected 1..{len(gallery_rows)}, the number of gallery rows; received {k}")
     best_scores, best_items = [], []
     for _, scores in score_chunks(query_rows, gallery_rows, chunk_size=chunk_size):
-        items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        best_items.append(items)
-        best_scores.append(np.take_along_axis(scores, items, axis=1))
+        best = top_k_of_scores(scores, k)
+        best_scores.append(best[0])
+        best_items.append(best[1])
     return np.concatenate(best_scores), np.concatenate(best_items)
+
+
+def top_k_of_scores(scores: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k greatest entries of each row of (Q, N) and their columns, (Q, k) each; of equal ones the first is first."""
+    items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, items, axis=1), items

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from eval.index import CHUNK_SIZE
 from eval.inputs import caption_owners, unit_rows
-from eval.ranks import answer_ranks
+from eval.ranks import answer_ranks, ranks_of_scores
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("i2t", "t2i")
@@ -53,6 +53,41 @@ def retrieval_metrics(
     ranks = {
         "i2t": answer_ranks(image_rows, text_rows, owners, captions, chunk_size=chunk_size),
         "t2i": answer_ranks(text_rows, image_rows, captions, owners, chunk_size=chunk_size),
+    }
+    return with_rsum({direction: _summary(ranks[direction]) for direction in DIRECTIONS})
+
+
+def score_metrics(scores: ArrayLike, image_of_text: ArrayLike) -> dict[str, float]:
+    """`retrieval_metrics` of a model that scores each pair, and has no embeddings to search among.
+
+    Args:
+        scores: (N, M) of each image with each text, any real numbers; more is better.
+        image_of_text: (M,) integers, as in `retrieval_metrics`.
+
+    Returns:
+        The keys of `retrieval_metrics`.
+
+    Raises:
+        ValueError: for another shape, for NaN or infinite scores, and for images without a caption.
+    """
+    matrix = np.asarray(scores)
+    matrix = matrix if np.issubdtype(matrix.dtype, np.floating) else matrix.astype(np.float64)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"scores: expected one row an image and one column a text; received shape {matrix.shape}")
+    if broken := int(np.count_nonzero(~np.isfinite(matrix))):
+        raise ValueError(
+            f"scores: {broken} of {matrix.size} are NaN or infinite, so they have no rank; "
+            "look for a diverged run or an overflow in half precision"
+        )
+    owners = caption_owners(image_of_text, len(matrix))
+    if len(owners) != matrix.shape[1]:
+        raise ValueError(
+            f"image_of_text: expected one entry for each of the {matrix.shape[1]} texts; received {len(owners)}"
+        )
+    captions = np.arange(len(owners))
+    ranks = {
+        "i2t": ranks_of_scores([(0, matrix)], len(matrix), owners, captions),
+        "t2i": ranks_of_scores([(0, matrix.T)], len(owners), captions, owners),
     }
     return with_rsum({direction: _summary(ranks[direction]) for direction in DIRECTIONS})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,15 +39,25 @@ def answer_ranks(
     Returns:
         (Q,) float64; an odd number of ties gives x.5.
     """
+    return ranks_of_scores(score_chunks(queries, gallery, chunk_size=chunk_size), len(queries), pair_query, pair_item)
+
+
+def ranks_of_scores(
+    chunks: Iterable[tuple[int, NDArray[np.floating]]],
+    queries: int,
+    pair_query: NDArray[np.int64],
+    pair_item: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """`answer_ranks` from scores: (number of the first query of the chunk, scores (B, N)) each, of all queries."""
     order = np.argsort(pair_query, kind="stable")
     pair_query, pair_item = pair_query[order], pair_item[order]
-    ranks = np.empty(len(queries))
-    for start, scores in score_chunks(queries, gallery, chunk_size=chunk_size):
+    ranks = np.empty(queries)
+    for start, scores in chunks:
         stop = start + len(scores)
         first, last = np.searchsorted(pair_query, (start, stop))
         rows = pair_query[first:last] - start
         right = scores[rows, pair_item[first:last]]  # (pairs of this chunk,)
-        best = np.full(len(scores), -np.inf, dtype=np.float32)
+        best = np.full(len(scores), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, rows, right)
         greater = np.count_nonzero(scores > best[:, None], axis=1)  # all wrong: no right answer is above the best one
         equal = np.count_nonzero(scores == best[:, None], axis=1)

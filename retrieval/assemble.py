@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -27,12 +28,24 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], Retri
     splits = {split: dataset(experiment.root, split, **experiment.data_options) for split in SPLITS}
     set_seed(experiment.seed)  # the first values of the heads and of the adapter
     model, tokenizer = build_model(experiment.model, splits["train"], experiment.cache)
+    check_together(experiment, model, tokenizer)
     inject(model, experiment.adapter, train=model.heads)
     with torch.no_grad():
         token = torch.ones(1, 1, dtype=torch.long)
         model.encode_text(token, token)  # an adapter may change the width; if the head does not follow, it fails here
     captions = {name: Captions(data.captions, tokenizer, experiment.max_length) for name, data in splits.items()}
     return splits, model, captions
+
+
+def check_together(experiment: Experiment, model: RetrievalModel, tokenizer: Any) -> None:
+    """Raise ValueError for a recipe that this model cannot be trained with."""
+    if model.pair_scores is not None and experiment.recipe.chunk_size is not None:
+        raise ValueError(
+            "trainer.chunk_size needs a loss of separate embeddings, but model.head=tightTransf compares sentence and "
+            "clip inside the model; use trainer.chunk_size=null or another head"
+        )
+    if experiment.augmentation and experiment.augmentation.change_words and tokenizer.mask_token_id is None:
+        raise ValueError("CLIP's tokenizer has no mask token to augment words with; use trainer.augmentation=null")
 
 
 def restore(run: Path) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:

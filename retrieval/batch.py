@@ -130,20 +130,30 @@ class TrainingPairs(Dataset):
         return {"visual": visual, "input_ids": tokens}
 
 
-def collate_text(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Token ids of several captions -> zero-padded input_ids (B, L) and attention_mask (B, L)."""
-    length = max(map(len, ids))
+def collate_text(ids: Sequence[Sequence[int]], length: int | None = None) -> dict[str, Tensor]:
+    """Token ids of several captions -> zero-padded input_ids (B, L) and attention_mask (B, L).
+
+    L is `length`, or that of the longest caption.
+
+    Raises:
+        ValueError: for a caption of more than `length` tokens.
+    """
+    longest = max(map(len, ids))
+    length = longest if length is None else length
+    if longest > length:
+        raise ValueError(f"a caption has {longest} tokens, but the text tower takes {length}; set model.max_length")
     input_ids = torch.tensor([list(row) + [0] * (length - len(row)) for row in ids])
     lengths = torch.tensor([len(row) for row in ids])
     return {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
 
 
 def collator(
-    collate_visual: Callable[[Sequence[np.ndarray]], dict[str, Tensor]],
+    collate_visual: Callable[[Sequence[np.ndarray]], dict[str, Tensor]], text_length: int | None = None
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """The items of `TrainingPairs` -> what the model's forward takes."""
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return collate_visual([item["visual"] for item in items]) | collate_text([item["input_ids"] for item in items])
+        text = collate_text([item["input_ids"] for item in items], text_length)
+        return collate_visual([item["visual"] for item in items]) | text
 
     return collate

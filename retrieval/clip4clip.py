@@ -2,7 +2,7 @@
 
     model = CLIP4Clip(clip, head="meanP")
     frames = normalise_frames(batch, clip.visual.image_mean, clip.visual.image_std)   # (B, T, 3, H, W)
-    output = model(frames, frame_mask, input_ids)          # {"visual": (B, D), "text": (B, D), "logit_scale": ()}
+    output = model(frames, frame_mask, input_ids)          # {"visual": (B, D), "text": (B, D), "logit_scale": (), ...}
     scores = output["logit_scale"] * output["text"] @ output["visual"].T               # (texts, clips)
 
 The towers come from `retrieval.clip_towers`.
@@ -10,6 +10,7 @@ The towers come from `retrieval.clip_towers`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,65 +19,99 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.frame_transformer import FrameTransformer
+from retrieval.frame_lstm import FrameLSTM
+from retrieval.frame_transformer import FrameTransformer, check_length
+from retrieval.gather import gather
 from retrieval.model import RetrievalModel
+from retrieval.tight_transformer import TightTransformer
 
-HEADS = ("meanP", "seqTransf")
-HEAD_PATHS = (
+HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
+PROJECTIONS = ("head", "backbone")
+CLIP_HEADS = (
     "clip.visual.head",  # of a timm tower
     "clip.visual.proj",  # of open_clip's own
     "clip.text.proj",  # of BERT
     "clip.text.text_projection",  # of open_clip's own, in its CustomTextCLIP
     "clip.text_projection",  # of open_clip's own, in its CLIP
     "clip.logit_scale",
-    "frame_transformer",
 )
+OWN_HEADS = ("frame_head", "pair_scores")
+LARGEST_SCALE = 100.0  # of cosines, in CLIP and in CLIP4Clip
 SMALLEST_NORM = 1e-6  # an item without frames gives zeros; in the authors' code, NaN for the whole batch
 
 
 class CLIP4Clip(RetrievalModel):
-    """Frames through CLIP's image tower, an optional sequence head, and the mean over frames.
+    """Frames through CLIP's image tower, a similarity head, and (but for tightTransf) the mean over frames.
+
+    | head | what compares a sentence with a clip |
+    |---|---|
+    | meanP | the cosine with the mean over frames; no parameters, and blind to the order of frames |
+    | seqLSTM | the same after a `FrameLSTM` |
+    | seqTransf | the same after a `FrameTransformer` |
+    | tightTransf | a `TightTransformer` over sentence and frames, for each pair |
 
     Args:
         clip: an open_clip `CLIP` or `CustomTextCLIP`. Build this model before an adapter changes the towers.
-        head: "meanP", which has no parameters and cannot see the order of frames, or "seqTransf", a `FrameTransformer`.
-        max_frames: the longest clip that seqTransf can take. Default: 12.
+        head: one of the four.
+        max_frames: the longest clip that seqTransf and tightTransf can take. Default: 12.
+        projections: what CLIP's two projections and its logit scale are: a "head", which trains beside an adapter at
+            the heads' rate, or the "backbone" (pretrained ones, as CLIP4Clip has it).
     """
 
     visual_kind = "frames"
 
-    def __init__(self, clip: nn.Module, head: str = "meanP", max_frames: int = 12) -> None:
+    def __init__(
+        self, clip: nn.Module, head: str = "meanP", max_frames: int = 12, *, projections: str = "head"
+    ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; choose from {', '.join(HEADS)}")
+        if projections not in PROJECTIONS:
+            raise ValueError(f"projections is {projections!r}; expected one of {', '.join(PROJECTIONS)}")
         self.clip: Any = clip  # open_clip's classes share methods, not a base class
         self.width = embedding_width(clip)
-        self.frame_transformer: FrameTransformer | None = None
-        if head == "seqTransf":
-            self.frame_transformer = FrameTransformer(self.width, max_frames)
-            self.frame_transformer.start_from_text(text_tower(clip))
+        text = text_tower(clip)
+        if hasattr(text, "positional_embedding"):
+            self.text_length = len(text.positional_embedding)
+        self.frame_head: FrameLSTM | FrameTransformer | None = None
+        if head == "seqLSTM":
+            self.frame_head = FrameLSTM(self.width)
+        elif head == "seqTransf":
+            self.frame_head = FrameTransformer(self.width, max_frames)
+            self.frame_head.start_from_text(text)
+        elif head == "tightTransf":
+            self.pair_scores = TightTransformer(self.width, max_frames)
+            self.pair_scores.start_from_text(text)
         own = {name for name, _ in (*self.named_modules(), *self.named_parameters())}
-        self.heads = tuple(path for path in HEAD_PATHS if path in own)
+        trained = [path for path in (*CLIP_HEADS, *OWN_HEADS) if path in own]
+        if head == "tightTransf":
+            trained.remove("clip.logit_scale")  # its logits have no scale
+        self.heads = tuple(path for path in trained if projections == "head" or path in OWN_HEADS)
 
     def encode_visual(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Embed clips.
 
         Frame features, the head, L2 norm of each frame, mean over the real frames, L2 norm: in this order, so that each
-        frame counts by its direction only.
+        frame counts by its direction only. Under tightTransf the features of the frames themselves.
 
         Args:
             frames: (B, T, 3, H, W), normalised.
             frame_mask: (B, T), nonzero for real frames. Padding is not encoded at all.
 
         Returns:
-            (B, D) float32, unit rows; zeros for an item without frames.
+            (B, D) in float32 at least, unit rows; zeros for an item without frames. Under tightTransf
+            (B, max_frames, D), zeros on padding.
         """
         mask = frame_mask.bool()
-        features = torch.zeros(*mask.shape, self.width, device=frames.device)
+        dtype = torch.promote_types(frames.dtype, torch.float32)
+        features = torch.zeros(*mask.shape, self.width, device=frames.device, dtype=dtype)
         if mask.any():
-            features[mask] = self.clip.encode_image(frames[mask]).float()  # (real frames, D)
-        if self.frame_transformer is not None:
-            features = self.frame_transformer(features, mask).float()
+            features[mask] = self.clip.encode_image(frames[mask]).to(dtype)  # (real frames, D)
+        if self.pair_scores is not None:
+            check_length(mask.shape[1], self.pair_scores.max_frames)
+            return functional.pad(features, (0, 0, 0, self.pair_scores.max_frames - mask.shape[1]))
+        if self.frame_head is not None:
+            features = self.frame_head(features, mask).to(dtype)
         return unit(masked_mean(unit(features), mask))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -88,40 +123,58 @@ class CLIP4Clip(RetrievalModel):
                 feature before the padding.
 
         Returns:
-            (B, D) float32, unit rows.
+            (B, D) in float32 at least, unit rows; under tightTransf as the tower puts them out.
         """
-        text = text_tower(self.clip)
-        if hasattr(text, "positional_embedding"):  # CLIP's own text tower takes one length only
-            input_ids = functional.pad(input_ids, (0, len(text.positional_embedding) - input_ids.shape[1]))
-        return unit(self.clip.encode_text(input_ids).float())
+        if self.text_length is not None:
+            input_ids = functional.pad(input_ids, (0, self.text_length - input_ids.shape[1]))
+        features = self.clip.encode_text(input_ids)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        return features if self.pair_scores is not None else unit(features)
 
     def forward(
         self, frames: Tensor, frame_mask: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Embed clips and sentences. `logit_scale`, a scalar, is the factor of their cosines in the loss."""
-        return {
+        """Embed clips and sentences, and score their pairs where embeddings do not say (see `RetrievalModel`)."""
+        output = {
             "visual": self.encode_visual(frames, frame_mask),
             "text": self.encode_text(input_ids, attention_mask),
-            "logit_scale": self.clip.logit_scale.exp().reshape(()),
+            "valid": frame_mask.bool().any(dim=1),
         }
+        if self.pair_scores is None:
+            return output | {"logit_scale": self.clip.logit_scale.exp().reshape(())}
+        visual, text = output["visual"], output["text"]
+        everywhere = (gather(visual), gather(text)) if self.training else (visual, text)
+        by_text = self.pair_scores(text, everywhere[0])
+        by_visual = by_text.T if everywhere[1] is text else self.pair_scores(everywhere[1], visual).T
+        return output | {"by_text": by_text, "by_visual": by_visual, "logit_scale": text.new_ones(())}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the logit scale at 100 or below, as CLIP does; called after each step of the optimiser."""
+        if self.clip.logit_scale.requires_grad:
+            self.clip.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
     def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """Clips of (T_b, H, W, 3) uint8 frames -> normalised, zero-padded frames (B, T, 3, H, W), mask (B, T).
+
+        A clip may have no frame, T_b = 0; T is 1 at least.
 
         Raises:
             ValueError: frames are not of the size that the image tower takes.
         """
         side = self.clip.visual.image_size
         expected = (side, side) if isinstance(side, int) else tuple(side)
-        if wrong := next((item.shape for item in items if item.shape[1:] != (*expected, 3)), None):
+        if wrong := next((item.shape for item in items if len(item) and item.shape[1:] != (*expected, 3)), None):
             raise ValueError(
                 f"frames are {wrong[1:]}, but the image tower takes {(*expected, 3)}; "
                 f"let the data set and the model agree: data.size={expected[0]} model.image_size={expected[0]}"
             )
         lengths = torch.tensor([len(item) for item in items])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
         frames = torch.zeros(*mask.shape, 3, *expected)
-        real = torch.from_numpy(np.concatenate(items))[None]  # (1, all real frames, H, W, 3)
+        if not mask.any():
+            return {"frames": frames, "frame_mask": mask}
+        real = torch.from_numpy(np.concatenate([item for item in items if len(item)]))[None]  # (1, frames, H, W, 3)
         frames[mask] = normalise_frames(real, self.clip.visual.image_mean, self.clip.visual.image_std)[0]
         return {"frames": frames, "frame_mask": mask}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import adapters  # noqa: F401  (makes timm and open_clip importable beside a CPU-only torch)
+from retrieval.clip_weights import load_clip_weights
 from training.encoders import dinov2_small, minilm_folder
 
 if TYPE_CHECKING:
@@ -58,17 +59,15 @@ def open_clip_tower(
     """One of open_clip's own CLIPs, in evaluation mode and float32, and its tokenizer.
 
     Args:
-        name: an architecture of `open_clip.list_models()`. OpenAI's weights need a name that ends in "-quickgelu": a
-            state dict does not say its activation, and with the wrong one it loads and works badly.
-        weights: a local .safetensors file with open_clip's keys, or None for random weights.
+        name: an architecture of `open_clip.list_models()`. OpenAI's weights need a name that ends in "-quickgelu".
+        weights: a local file (see `retrieval.clip_weights`), or None for random weights.
         context_length: tokens of a sentence. Later positions are cut off, as CLIP4Clip does (it takes 32 of 77).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the architecture is unknown or needs a model hub, or the file is not safetensors or does not fit.
+        ValueError: the architecture is unknown or needs a model hub, or the file cannot be read or does not fit.
     """
     import open_clip
-    from safetensors import SafetensorError
 
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
@@ -77,13 +76,11 @@ def open_clip_tower(
         )
     if not Path(config["text_cfg"].get("hf_model_name", ".")).is_dir():
         raise ValueError(f"the text tower of {name!r} comes from a model hub; choose one without hf_model_name")
+    if weights is not None and not Path(weights).is_file():  # before the time that building takes
+        raise FileNotFoundError(f"no weights at {weights}; weights are local files, nothing is downloaded")
+    model = open_clip.create_model(name)
     if weights is not None:
-        _check_safetensors(Path(weights))
-    pretrained = None if weights is None else str(Path(weights).absolute())
-    try:
-        model = open_clip.create_model(name, pretrained=pretrained)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{weights} does not hold the weights of {name!r}: {error}") from error
+        load_clip_weights(model, Path(weights), name, quick_gelu=config.get("quick_gelu", False))
     cut_context(model, context_length)
     return model.eval(), open_clip.get_tokenizer(name, context_length=context_length)
 
@@ -100,13 +97,3 @@ def cut_context(clip: Any, context_length: int) -> None:
     if text.attn_mask is not None:
         text.attn_mask = text.attn_mask[:context_length, :context_length].clone()
     text.context_length = clip.context_length = context_length
-
-
-def _check_safetensors(weights: Path) -> None:
-    if not weights.is_file():
-        raise FileNotFoundError(f"no weights at {weights}; weights are local files, nothing is downloaded")
-    if weights.suffix != ".safetensors":
-        raise ValueError(
-            f"{weights} is not a .safetensors file, and pickled files, which can run code, are not opened; convert one "
-            'that you trust: safetensors.torch.save_file(torch.load("x.pt", weights_only=True), "x.safetensors")'
-        )

@@ -1,15 +1,46 @@
-"""Encode a split and hand the embeddings to `eval`."""
+"""Encode a split and hand the embeddings, or the scores of pairs, to `eval`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from eval import retrieval_metrics
+from eval import retrieval_metrics, score_metrics, top_k, top_k_of_scores
 from retrieval.batch import Captions, collate_text
 from retrieval.data import RetrievalDataset
 from retrieval.model import RetrievalModel
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split as a model sees it.
+
+    Attributes:
+        images: (n, D) float32 embeddings, in the data's order.
+        texts: (M, D) likewise, one a caption.
+        scores: (n, M) of a model that scores pairs (`RetrievalModel.pair_scores`), whose `images` and `texts` are what
+            it scores; None where scores are cosines of embeddings.
+    """
+
+    images: NDArray[np.float32]
+    texts: NDArray[np.float32]
+    scores: NDArray[np.float32] | None = None
+
+    def metrics(self, image_of_caption: NDArray[np.int64]) -> dict[str, float]:
+        """Recall@K, median and mean rank both ways, and Rsum (see `eval.retrieval_metrics`)."""
+        if self.scores is not None:
+            return score_metrics(self.scores, image_of_caption)
+        return retrieval_metrics(self.images, self.texts, image_of_caption)
+
+    def top_k(self, captions: NDArray[np.int64], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best images of some captions, best first: scores and numbers, (len(captions), k) each."""
+        if self.scores is not None:
+            return top_k_of_scores(self.scores[:, captions].T, k)
+        return top_k(self.texts[captions], self.images, k)
 
 
 @torch.inference_mode()
@@ -20,11 +51,15 @@ def encode(
     *,
     batch_size: int = 64,
     precision: str = "float32",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of every image once and of every caption: float32 (n, D) and (M, D), in the data's order.
+) -> Encoded:
+    """Encode every image once and every caption, and score all pairs where the model asks for it.
 
     Captions are encoded in batches of similar length, so that little is spent on padding. The model is left in the mode
     (training or evaluation) that it was in.
+
+    An item that holds nothing, such as a clip without a readable frame, stays in the gallery, so that results are of
+    the same split for everybody: it is made orthogonal to every caption, and ties are counted half. How many there are
+    is printed.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -43,14 +78,21 @@ def encode(
         texts: np.ndarray | None = None
         for start in range(0, len(by_length), 2 * batch_size):
             rows = by_length[start : start + 2 * batch_size]
-            batch = collate_text([captions.ids[i] for i in rows])
+            batch = collate_text([captions.ids[i] for i in rows], model.text_length)
             encoded = model.encode_text(**{k: v.to(device) for k, v in batch.items()}).float().cpu().numpy()
             texts = np.empty((len(by_length), encoded.shape[1]), np.float32) if texts is None else texts
             texts[rows] = encoded
             bar.update(len(rows))
+        assert texts is not None
+        visual, scores = np.concatenate(images), None
+        if model.pair_scores is not None:
+            scores = _score_pairs(model, visual, texts, batch_size)
     model.train(was_training)
-    assert texts is not None
-    return np.concatenate(images), texts
+    if empty := int((~visual.reshape(len(visual), -1).any(axis=1)).sum()):
+        tqdm.write(f"{empty} of {len(visual)} {data.split} items hold nothing that could be encoded and match nothing")
+    if empty and scores is None:
+        visual, texts = _with_direction(visual, texts)
+    return Encoded(visual, texts, scores)
 
 
 def evaluate(
@@ -62,5 +104,24 @@ def evaluate(
     precision: str = "float32",
 ) -> dict[str, float]:
     """Recall@K, median and mean rank both ways, and Rsum of `model` on a split (see `eval.retrieval_metrics`)."""
-    images, texts = encode(model, data, captions, precision=precision)
-    return retrieval_metrics(images, texts, data.image_of_caption)
+    encoded = encode(model, data, captions, batch_size=batch_size, precision=precision)
+    return encoded.metrics(data.image_of_caption)
+
+
+def _score_pairs(model: RetrievalModel, images: np.ndarray, texts: np.ndarray, batch_size: int) -> np.ndarray:
+    """(n, M) float32: a forward pass of `pair_scores` for each pair."""
+    device = next(model.parameters()).device
+    scores = np.empty((len(images), len(texts)), np.float32)
+    items = torch.from_numpy(images).to(device)
+    with tqdm(total=len(texts), desc="scoring pairs", unit="caption", leave=False, delay=1) as bar:
+        for start in range(0, len(texts), batch_size):
+            some = torch.from_numpy(texts[start : start + batch_size]).to(device)
+            scores[:, start : start + len(some)] = model.pair_scores(some, items).float().cpu().numpy().T
+            bar.update(len(some))
+    return scores
+
+
+def _with_direction(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One dimension more, in which lie the images that are zero, and nothing else."""
+    empty = ~images.any(axis=1, keepdims=True)
+    return np.hstack([images, empty.astype(np.float32)]), np.hstack([texts, np.zeros((len(texts), 1), np.float32)])

@@ -1,18 +1,54 @@
-"""Contrastive losses on matching rows of two batches of unit embeddings.
+"""Contrastive losses on matching pairs.
 
-A loss is a function of embeddings (B, D), (B, D) that returns named parts; the parts add up to what is minimised. Row
-b of one side matches row b of the other, and every other row is taken for a negative, also where two captions of one
-image meet in a batch, as in VSE-infinity and CLIP4Clip.
+A loss is a function of what a `RetrievalModel` puts out (embeddings (B, D), (B, D), say) that returns named parts; the
+parts add up to what is minimised. Row b of one side matches row b of the other, and every other row is taken for a
+negative, also where two captions of one image meet in a batch, as in VSE-infinity and CLIP4Clip. A pair that is not
+"valid" is neither.
+
+With several processes (torch.distributed), each computes the part of its own rows, against the columns of all: averaged
+over the processes, as DistributedDataParallel does, value and gradients are those of one process with the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from retrieval.gather import gather, processes, rank
+
+BY_PAIR = ("by_text", "by_visual")  # scores that a model brings itself
+
+
+class Comparison(NamedTuple):
+    """The scores of this process's V valid pairs with the N pairs of all processes."""
+
+    by_visual: Tensor
+    """(V, N): rows are images or clips, columns sentences."""
+    by_text: Tensor
+    """(V, N): rows are sentences, columns images or clips."""
+    match: Tensor
+    """(V,): the column of each row's own pair."""
+    counts: Tensor
+    """(N,) bool: the columns that are valid."""
+
+
+def compare(outputs: dict[str, Tensor], scale: Tensor | float | None = None) -> Comparison:
+    """Score what a model puts out; `scale` is the factor of the scores."""
+    text = outputs["text"] if scale is None else scale * outputs["text"]
+    visual = outputs["visual"]
+    valid = outputs.get("valid", torch.ones(len(text), dtype=torch.bool, device=text.device))
+    if "by_text" in outputs:
+        by_text, by_visual = (outputs[name] if scale is None else scale * outputs[name] for name in BY_PAIR)
+    else:
+        by_text = text @ gather(visual).T
+        by_visual = by_text.T if processes() == 1 else visual @ gather(text).T
+    match = torch.arange(len(text), device=text.device) + rank() * len(text)
+    return Comparison(by_visual[valid], by_text[valid], match[valid], gather(valid.to(torch.uint8)).bool())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +67,22 @@ class TripletLoss:
     warmup_epochs: float = 1.0
 
     def __call__(self, outputs: dict[str, Tensor], epoch: float) -> dict[str, Tensor]:
-        scores = outputs["visual"] @ outputs["text"].T  # (B, B)
-        own = scores.diagonal()
-        diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        over_images = (self.margin + scores - own[None, :]).clamp(min=0).masked_fill(diagonal, 0.0)
-        over_texts = (self.margin + scores - own[:, None]).clamp(min=0).masked_fill(diagonal, 0.0)
-        if epoch < self.warmup_epochs:
-            return {"triplet": over_texts.sum() + over_images.sum()}
-        return {"triplet": over_texts.amax(dim=1).sum() + over_images.amax(dim=0).sum()}
+        pairs = compare(outputs)
+        columns = torch.arange(len(pairs.counts), device=pairs.match.device)
+        negative = pairs.counts & (columns != pairs.match[:, None])  # (V, N)
+
+        def hinge(scores: Tensor) -> Tensor:
+            own = scores.gather(1, pairs.match[:, None])
+            costs = (self.margin + scores - own).clamp(min=0).masked_fill(~negative, 0.0)
+            return costs.sum() if epoch < self.warmup_epochs else costs.amax(dim=1).sum()
+
+        # A sum over the pairs of all processes, where gradients are averaged over them.
+        return {"triplet": processes() * (hinge(pairs.by_visual) + hinge(pairs.by_text))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoNCE:
-    """Symmetric cross-entropy over the batch, (CE(rows) + CE(columns)) / 2, as in CLIP.
+    """Symmetric cross-entropy over the batch, (CE(rows) + CE(columns)) / 2, as in CLIP; the mean over valid pairs.
 
     Args:
         temperature: scores are divided by it, unless the model brings a learned `logit_scale`. Default: 0.05.
@@ -52,10 +91,14 @@ class InfoNCE:
     temperature: float = 0.05
 
     def __call__(self, outputs: dict[str, Tensor], epoch: float) -> dict[str, Tensor]:
-        scale = outputs.get("logit_scale", 1.0 / self.temperature)
-        logits = scale * outputs["text"] @ outputs["visual"].T  # (B, B), rows are texts
-        match = torch.arange(len(logits), device=logits.device)
-        return {"info_nce": (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2}
+        pairs = compare(outputs, outputs.get("logit_scale", 1.0 / self.temperature))
+
+        def entropy(logits: Tensor) -> Tensor:
+            logits = logits.masked_fill(~pairs.counts, torch.finfo(logits.dtype).min)
+            return F.cross_entropy(logits, pairs.match, reduction="sum")
+
+        total = (entropy(pairs.by_text) + entropy(pairs.by_visual)) / 2
+        return {"info_nce": total * processes() / pairs.counts.sum().clamp(min=1)}
 
 
 LOSSES: dict[str, Callable[..., Callable[[dict[str, Tensor], float], dict[str, Tensor]]]] = {

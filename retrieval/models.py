@@ -42,13 +42,48 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
 
 def clip4clip(
-    data: RetrievalDataset, cache: Path, *, head: str = "meanP", image_size: int = 56, embed_dim: int = 256
+    data: RetrievalDataset,
+    cache: Path,
+    *,
+    towers: str = "embedded",
+    weights: str | None = None,
+    head: str = "meanP",
+    max_frames: int = 12,
+    projections: str = "head",
+    image_size: int | None = None,
+    embed_dim: int | None = None,
 ) -> tuple[RetrievalModel, Any]:
-    """CLIP4Clip on video frames, with the embedded towers (DINOv2 ViT-S/14 and MiniLM) composed by open_clip."""
-    from retrieval.clip_towers import embedded_clip
+    """CLIP4Clip on video frames.
 
-    towers, tokenizer = embedded_clip(cache, image_size=image_size, embed_dim=embed_dim)
-    return CLIP4Clip(towers, head=head), tokenizer
+    Args:
+        data: what it is for.
+        cache: folder of the embedded encoders.
+        towers: "embedded" (DINOv2 ViT-S/14 and MiniLM composed by open_clip) or an architecture of open_clip.
+        weights: of open_clip's: a local file (see `retrieval.clip_weights`), or "random".
+        head, max_frames, projections: see `CLIP4Clip`.
+        image_size, embed_dim: of the embedded towers. Default: 56 pixels and 256 channels.
+
+    Raises:
+        ValueError: for settings of the other kind of towers; see also `open_clip_tower`.
+    """
+    from retrieval.clip_tokenizer import ClipTokenizer
+    from retrieval.clip_towers import embedded_clip, open_clip_tower
+
+    if towers == "embedded":
+        if weights is not None or projections != "head":
+            raise ValueError(
+                f"weights={weights} and projections={projections} are for open_clip's towers; the embedded ones bring "
+                "their weights, and their projections are new"
+            )
+        clip, tokenizer = embedded_clip(cache, image_size=image_size or 56, embed_dim=embed_dim or 256)
+    else:
+        if image_size is not None or embed_dim is not None:
+            raise ValueError(f"image_size and embed_dim are given by towers={towers}; set both to null")
+        if weights is None:
+            raise ValueError(f"towers={towers} needs weights: a local file, or 'random' to train from nothing")
+        clip, tokenizer = open_clip_tower(towers, None if weights == "random" else Path(weights))
+        tokenizer = ClipTokenizer(tokenizer)
+    return CLIP4Clip(clip, head, max_frames, projections=projections), tokenizer
 
 
 MODELS: dict[str, Callable[..., tuple[RetrievalModel, Any]]] = {

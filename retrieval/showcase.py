@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval import top_k
 from retrieval.data import RetrievalDataset
+from retrieval.evaluate import Encoded
 from training import RunFolder
 
 
-def save_showcase(
-    run: RunFolder, data: RetrievalDataset, images: np.ndarray, texts: np.ndarray, *, queries: int = 12, k: int = 5
-) -> None:
+def save_showcase(run: RunFolder, data: RetrievalDataset, encoded: Encoded, *, queries: int = 12, k: int = 5) -> None:
     """Write retrieved.json and thumbnails/ of a run.
 
     The queries are evenly spaced over the split's captions, chosen before anything is retrieved.
-
-    Args:
-        images: embeddings (n, D).
-        texts: embeddings (M, D).
     """
     k = min(k, len(data))
-    chosen = np.unique(np.linspace(0, len(texts) - 1, queries).astype(int))
-    scores, items = top_k(texts[chosen], images, k)
+    chosen = np.unique(np.linspace(0, len(encoded.texts) - 1, queries).astype(np.int64))
+    scores, items = encoded.top_k(chosen, k)
     records = [
         {
             "direction": "t2i",

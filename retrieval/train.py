@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapters import adapter_parameters, save
-from eval import chance_level, retrieval_metrics
+from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
 from retrieval.assemble import assemble
@@ -81,7 +81,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
                 augmentation=experiment.augmentation,
                 seed=experiment.seed,
             ),
-            collate=collator(model.collate_visual),
+            collate=collator(model.collate_visual, model.text_length),
             objective=experiment.loss,
             evaluator=lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
             metric="Rsum",
@@ -97,10 +97,10 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         metrics: dict[str, Any] = {
             "validation": evaluate(model, validation, captions["validation"], precision=precision)
         }
-        images, texts = encode(model, test, captions["test"], precision=precision)
-        metrics["test"] = retrieval_metrics(images, texts, test.image_of_caption)
+        encoded = encode(model, test, captions["test"], precision=precision)
+        metrics["test"] = encoded.metrics(test.image_of_caption)
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
-        save_showcase(run, test, images, texts)
+        save_showcase(run, test, encoded)
         metrics |= record_redundancy(run, probed)
     run.write_json("metrics.json", metrics)
     write_report(run.path)
@@ -112,5 +112,5 @@ def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> 
     images = range(min(PROBE, len(data)))
     first_caption = [int((data.image_of_caption == image).argmax()) for image in images]
     batch = model.collate_visual([data.visual(image) for image in images])
-    batch |= collate_text([captions.ids[caption] for caption in first_caption])
+    batch |= collate_text([captions.ids[caption] for caption in first_caption], model.text_length)
     return subspaces_on(model, batch)

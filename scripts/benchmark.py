@@ -5,6 +5,7 @@ python scripts/benchmark.py regularizers --batch 8 --pairs 31 --threads 1
 python scripts/benchmark.py regularizers --measures linear --output /tmp/benchmarks
 python scripts/benchmark.py adapters
 python scripts/benchmark.py parameters
+python scripts/benchmark.py video
 
 Times are ratios of neighbouring runs; still, give it a machine that does nothing else.
 """
@@ -72,6 +73,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     ).add_argument
     add("--output", type=Path, default=DOCS, help="folder for parameters.md")
+    add = subjects.add_parser(
+        "video",
+        help="clips read a second, from the file and from the frame cache, beside the way of CLIP4Clip's authors",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("--clips", type=int, default=10, help="videos, encoded for the purpose")
+    add("--seconds", type=int, default=30, help="length of a video")
+    add("--width", type=int, default=320, help="pixels, even")
+    add("--height", type=int, default=240, help="pixels, even")
+    add("--rate", type=int, default=25, help="frames a second of a video")
+    add("--frames", type=int, default=12, help="frames that are kept of a clip")
+    add("--size", type=int, default=224, help="pixels that they are resized to")
+    add("--pairs", type=int, default=30, help="pairs of reads for each row")
+    add("--threads", type=int, default=1, help="compute threads; a data loader's worker has one")
+    add("--output", type=Path, default=DOCS, help="folder for video.md and video.json")
     return parser
 
 

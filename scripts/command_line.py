@@ -28,14 +28,17 @@ def launch(
     help_text: str,
     *,
     choices: Mapping[str, Iterable[str]] | None = None,
+    words: Mapping[str, Callable[[dict[str, Any]], None]] | None = None,
 ) -> None:
     """Compose `conf/<name>.yaml` with the command line's overrides and call `main` with the plain nested configuration.
 
     Commands share the folders of `conf`; `choices` names what fits this one, for each group where not everything does.
+    `words` are further things that the command can do, named by a bare word before the overrides ("verify").
 
     `--multirun` and every other flag of Hydra work. What a user got wrong (ValueError, a missing file) is printed in
     one line and ends with exit code 2; anything else is a bug and keeps its stack trace.
     """
+    main = _take_word(words or {}) or main
     arguments = sys.argv[1:]
     known = groups(name, choices or {})
     if {"-h", "--help"} & set(arguments):
@@ -84,16 +87,33 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def groups(name: str, choices: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     """The configuration groups of a command and the choices in each, from its defaults list.
 
-    `choices` narrows them: a file fits if the `name` in it does, or its own where it has none.
+    `choices` narrows a group to the files that are called, or whose `name` is, one of its names.
     """
     defaults = cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml")).defaults
     used = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
     found: dict[str, list[str]] = {}
     for group in (group for group in used if not group.startswith("optional ")):  # those follow another group's choice
+        fitting = choices.get(group)
         files = sorted((CONF / group).glob("*.yaml"))
-        named = {path.stem: cast(DictConfig, OmegaConf.load(path)).get("name", path.stem) for path in files}
-        found[group] = [file for file, name in named.items() if name in set(choices.get(group, named.values()))]
+        found[group] = [file.stem for file in files if fitting is None or {file.stem, _name(file)} & set(fitting)]
     return found
+
+
+def _name(file: Path) -> str:
+    """The key `name` of a configuration file, or ""."""
+    return str(cast(DictConfig, OmegaConf.load(file)).get("name", ""))
+
+
+def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callable[[dict[str, Any]], None] | None:
+    """What the bare word among the arguments stands for, if there is one; it is taken out, as Hydra knows no words."""
+    bare = [argument for argument in sys.argv[1:] if re.fullmatch(r"\w+", argument)] if words else []
+    for word in bare:
+        if word not in words:
+            close = difflib.get_close_matches(word, words, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected {' or '.join(words)}, or settings like data=..."
+            sys.exit(f"error: unknown word {word!r}; {hint}")
+        sys.argv.remove(word)
+    return words[bare[-1]] if bare else None
 
 
 def _choices(known: dict[str, list[str]]) -> str:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from command_line import launch
 
-from eval import chance_level, render_table
-from retrieval.assemble import restore
 from retrieval.data import SPLITS
-from retrieval.evaluate import evaluate
-from training import RunFolder
 
 
 def main(config: dict[str, Any]) -> None:
+    from eval import chance_level, render_table  # here: these take seconds, which --help should not
+    from retrieval.assemble import restore
+    from retrieval.evaluate import evaluate
+    from training import RunFolder
+
     folder, split = Path(config["run"]), config["split"]
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")

@@ -1,11 +1,20 @@
-"""Fetch the embedded encoders and make an embedded data set; what is there already is left alone.
+"""Make a data set ready for training, or say what is wrong with it; what is there already is left alone.
 
-python scripts/prepare_data.py data=openmoji
-python scripts/prepare_data.py data=openmoji_clips root=/data/resora
+An embedded data set is made, with its encoders fetched; of videos the frames are decoded and kept on the disk:
+
+    python scripts/prepare_data.py data=openmoji
+    python scripts/prepare_data.py data=msrvtt root=/data/resora data.prepare.workers=8
+
+`verify` counts items and sentences, beside the published numbers, and opens every item; it ends with exit code 1 if
+something is wrong:
+
+    python scripts/prepare_data.py verify data=openmoji_clips
+    python scripts/prepare_data.py verify data=msrvtt root=/data/resora decode=true
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,5 +33,17 @@ def main(config: dict[str, Any]) -> None:
     print(f"data ready in {root / config['data']['name']} ({perf_counter() - start:.0f} s)")
 
 
+def verify(config: dict[str, Any]) -> None:
+    prepare = config["data"]["prepare"]
+    options = {key: value for key, value in config["data"].items() if key not in ("name", "prepare")}
+    options |= {key: prepare[key] for key in ("workers", "time_limit") if key in prepare}
+    if config["decode"]:
+        options["decode"] = True
+    result = DATASETS[config["data"]["name"]].verify(Path(config["root"]), **options)
+    print(result.text())
+    if result.problems:
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    launch(main, "prepare_data", __doc__ or "", choices={"data": DATASETS})
+    launch(main, "prepare_data", __doc__ or "", choices={"data": DATASETS}, words={"verify": verify})

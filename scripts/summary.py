@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from training import RunFolder
+from training.run import RunFolder
 
 
 def print_summary(run: RunFolder, render: Callable[[Mapping[str, Any]], str], place: str) -> None:

@@ -19,11 +19,12 @@ from summary import print_summary
 
 from classification.data import DATASETS
 from classification.models import MODELS
-from classification.train import train
 from eval import render_accuracy
 
 
 def main(config: dict[str, Any]) -> None:
+    from classification.train import train  # here: it takes seconds, which --help should not
+
     run = train(config)
     print_summary(run, render_accuracy, f"run                 {run.path}")
 

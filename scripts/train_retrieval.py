@@ -25,10 +25,11 @@ from summary import print_summary
 from eval import render_table
 from retrieval.data import DATASETS
 from retrieval.models import MODELS
-from retrieval.train import train
 
 
 def main(config: dict[str, Any]) -> None:
+    from retrieval.train import train  # here: it takes seconds, which --help should not
+
     run = train(config)
     print_summary(run, render_table, f"report              {run.path / 'report.html'}")
 

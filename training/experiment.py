@@ -11,6 +11,7 @@ from adapters import ADAPTERS, Adapter
 from regularizers import ReSoRA
 from training.choose import check_name, choose
 from training.optimizers import LearningRates
+from training.schedules import SCHEDULES
 from training.stages import Recipe, Stage
 
 LOW_RANK = tuple(name for name, kind in ADAPTERS.items() if hasattr(kind, "stored_subspaces"))
@@ -92,9 +93,21 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "recipe": Recipe(
             stages=tuple(Stage(name=name, **settings) for name, settings in trainer["stages"].items()),
             rates=LearningRates(**trainer["rates"]),
+            # what runs of earlier versions did not say
+            optimizer=trainer.get("optimizer", "adamw"),
+            schedule=choose("schedule", SCHEDULES, trainer.get("schedule", {"name": "cosine"})),
+            chunk_size=trainer.get("chunk_size"),
             **{
                 key: trainer[key]
-                for key in ("batch_size", "warmup", "max_grad_norm", "selection", "restart", "workers")
+                for key in (
+                    "batch_size",
+                    "warmup",
+                    "max_grad_norm",
+                    "selection",
+                    "evaluate_every",
+                    "restart",
+                    "workers",
+                )
             },
             report_to=tuple(trainer["report_to"]),
         ),

@@ -6,12 +6,16 @@ into the backbone's group and trained at a thousandth of its rate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from adapters import adapter_parameters
+from training.bert_adam import BertAdam
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "bert_adam": BertAdam}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,6 @@ def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, .
     ]
 
 
-def adamw(model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, rates, heads))
+def build_optimizer(name: str, model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> torch.optim.Optimizer:
+    """The optimiser called `name`, one of `OPTIMIZERS`, over `parameter_groups`."""
+    return OPTIMIZERS[name](parameter_groups(model, rates, heads))

@@ -21,14 +21,15 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
     TrainingArguments,
-    get_cosine_schedule_with_warmup,
 )
 
 from adapters import load, save
 from regularizers import ReSoRA
+from training.choose import check_name
 from training.hardware import Hardware
-from training.optimizers import LearningRates, adamw
+from training.optimizers import OPTIMIZERS, LearningRates, build_optimizer
 from training.run import RunFolder
+from training.schedules import Cosine, Schedule, Span, scheduler
 from training.trainer import WEIGHTS, AdapterTrainer, latest_checkpoint
 
 SELECTIONS = ("last", "validation")
@@ -51,11 +52,16 @@ class Recipe:
         stages: in order.
         batch_size: items a step (pairs, in retrieval); an incomplete last batch of an epoch is dropped.
         rates: peak learning rates.
-        warmup: share of a stage's steps with a rising learning rate, before a cosine decay to zero.
+        optimizer: one of `training.optimizers.OPTIMIZERS`.
+        schedule: of the learning rates, see `training.schedules`.
+        warmup: share of a stage's steps with a rising learning rate.
         max_grad_norm: global norm to which gradients are clipped.
         selection: keep the weights of the "last" epoch of a stage, or of the epoch that is best on "validation".
+        evaluate_every: epochs between two evaluations on the validation split; a stage's last epoch has always one.
         restart: give each stage a fresh optimiser and schedule; otherwise the optimiser's state goes on and one
             schedule spans all stages.
+        chunk_size: items of a batch that go through the model at a time, for batches that do not fit into memory (see
+            `training.chunked`), or None for all.
         workers: processes that load data; 0 loads in the training process.
         report_to: loggers of `transformers.Trainer`, such as "tensorboard" or "wandb".
 
@@ -66,10 +72,14 @@ class Recipe:
     stages: tuple[Stage, ...]
     batch_size: int = 128
     rates: LearningRates = field(default_factory=LearningRates)
+    optimizer: str = "adamw"
+    schedule: Schedule = field(default_factory=Cosine)
     warmup: float = 0.1
     max_grad_norm: float = 2.0
     selection: str = "last"
+    evaluate_every: int = 1
     restart: bool = True
+    chunk_size: int | None = None
     workers: int = 0
     report_to: tuple[str, ...] = ()
 
@@ -84,8 +94,16 @@ class Recipe:
                 "a recipe needs batch_size >= 2 (losses compare pairs), 0 <= warmup < 1, max_grad_norm > 0, "
                 f"but got batch_size={self.batch_size}, warmup={self.warmup}, max_grad_norm={self.max_grad_norm}"
             )
+        check_name("optimizer", self.optimizer, OPTIMIZERS)
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1 item, or null for the whole batch")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
+        if self.evaluate_every < 1 or (self.evaluate_every > 1 and self.selection == "validation"):
+            raise ValueError(
+                f"evaluate_every is {self.evaluate_every}; expected 1 or more epochs, and 1 for selection=validation, "
+                "which compares all epochs"
+            )
         if not self.restart and self.selection != "last":
             raise ValueError(
                 "restart=False goes on with the optimiser of a stage's last epoch, and selection=validation with the "
@@ -137,6 +155,8 @@ def run_stages(
                 regularizer=regularizer if stage.regularize else None,
                 evaluator=evaluator,
                 first_epoch=first_epoch,
+                evaluate_every=recipe.evaluate_every,
+                chunk_size=recipe.chunk_size,
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
@@ -157,23 +177,26 @@ def run_stages(
 
 def _optimizer(
     model: nn.Module, recipe: Recipe, heads: tuple[str, ...], index: int, items: int, run: RunFolder
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR | None]:
-    """AdamW and its schedule for stage `index`; None lets the Trainer make a schedule of its own for the stage."""
-    optimizer = adamw(model, recipe.rates, heads)
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimiser and its schedule for stage `index`."""
+    optimizer = build_optimizer(recipe.optimizer, model, recipe.rates, heads)
+    steps = items // (recipe.batch_size * int(os.environ.get("WORLD_SIZE", "1")))  # of an epoch
+    before = sum(stage.epochs for stage in recipe.stages[:index])
     if recipe.restart:
-        return optimizer, None
-    steps = items // (recipe.batch_size * int(os.environ.get("WORLD_SIZE", "1")))
-    done, total = (steps * sum(stage.epochs for stage in stages) for stages in (recipe.stages[:index], recipe.stages))
+        here = steps * recipe.stages[index].epochs
+        span = Span(steps=here, warmup=recipe.warmup, steps_per_epoch=steps, first_epoch=before)
+        return optimizer, scheduler(optimizer, recipe.schedule, span)
     if index:
-        before = latest_checkpoint(run.path / "checkpoints" / recipe.stages[index - 1].name)
-        if before is None:
+        checkpoint = latest_checkpoint(run.path / "checkpoints" / recipe.stages[index - 1].name)
+        if checkpoint is None:
             raise FileNotFoundError(
                 f"{run.path} holds no checkpoint of stage {recipe.stages[index - 1].name!r} to go on from with "
                 "restart=False (start_from takes weights alone); use trainer.restart=true, or train both stages here"
             )
-        optimizer.load_state_dict(torch.load(before / "optimizer.pt", weights_only=True))
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * total), total, last_epoch=done - 1)
-    return optimizer, schedule
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    total = steps * sum(stage.epochs for stage in recipe.stages)
+    span = Span(steps=total, warmup=recipe.warmup, steps_per_epoch=steps)
+    return optimizer, scheduler(optimizer, recipe.schedule, span, done=steps * before)
 
 
 def _arguments(
@@ -186,8 +209,6 @@ def _arguments(
         dataloader_drop_last=True,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
         max_grad_norm=recipe.max_grad_norm,
         bf16=hardware.precision == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bfloat16 without an accelerator

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters import after_step, load, loss_parts, save
-from regularizers import ReSoRA
+from regularizers import Captured, ReSoRA
+from training.chunked import check_chunkable, chunked_backward
 from training.plugin import ReSoRAMixin
 
 WEIGHTS = "adapter.safetensors"
@@ -37,16 +38,27 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         outputs = model(**inputs)
+        loss = self.loss_of(model, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_of(self, model: nn.Module, outputs: Any) -> Tensor:
+        """The sum of the parts of the loss of what `model` put out; each is noted for the log."""
         parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0)))
         if model.training:
             parts |= loss_parts(self.accelerator.unwrap_model(model))
         self.note(parts)
-        loss = torch.stack([part.float() for part in parts.values()]).sum()
-        return (loss, outputs) if return_outputs else loss
+        return torch.stack([_at_least_float32(part) for part in parts.values()]).sum()
+
+
+def _at_least_float32(part: Tensor) -> Tensor:
+    return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
 class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
     """A `transformers.Trainer` for adapters: resume, mixed precision, DDP, accumulation and loggers are its own.
+
+    A model may have a method `after_step()`, called after each step of the optimiser, which keeps its parameters in
+    range (CLIP's logit scale).
 
     Args:
         objective: (what the model returns, epochs since the first stage began) -> named parts of the loss; they are
@@ -54,6 +66,8 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         regularizer: a penalty on the subspaces of each training step, or None.
         evaluator: model -> metrics, run at the end of each epoch; logged with the prefix "eval_". Or None.
         first_epoch: epochs that earlier stages trained.
+        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
+        chunk_size: items of a batch that go through the model at a time (see `training.chunked`), or None for all.
         kwargs: as of `transformers.Trainer`.
     """
 
@@ -66,26 +80,50 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         regularizer: ReSoRA | None = None,
         evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
         first_epoch: int = 0,
+        evaluate_every: int = 1,
+        chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
         super().__init__(regularizer=regularizer, eval_dataset=None if evaluator is None else [], **kwargs)
         self.objective = objective
-        self.evaluator, self.first_epoch = evaluator, first_epoch
-        self.add_callback(_Epochs(self.train_dataset, first_epoch))
+        self.evaluator, self.first_epoch, self.chunk_size = evaluator, first_epoch, chunk_size
+        if chunk_size is not None:
+            check_chunkable(self.model)
+        self.add_callback(_Epochs(self.train_dataset, first_epoch, evaluate_every))
         self.add_callback(_AfterStep(later_stage=first_epoch > 0))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The objective plus the penalty; raises FloatingPointError, with the parts, where it is not finite."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
+        self._check_finite(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward pass of one batch, in chunks if that was asked for."""
+        if self.chunk_size is None:
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+        model.train()
+
+        def whole(outputs: Any, subspaces: Captured) -> Tensor:
+            loss = self.loss_of(model, outputs)
+            if self.regularizer is not None:
+                penalties = self.regularizer(subspaces)
+                self.note(penalties)
+                loss = loss + torch.stack(list(penalties.values())).sum()
+            self._check_finite(loss)
+            return loss / self.current_gradient_accumulation_steps
+
+        return chunked_backward(model, self._prepare_inputs(inputs), self.chunk_size, whole, self.regularizer)
+
+    def _check_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {float(parts[-1])}" for name, parts in self._noted.items())
             raise FloatingPointError(
                 f"the loss at step {self.state.global_step} is not finite: {values}; lower the learning rate, "
                 "or train in float32 (trainer.precision=float32)"
             )
-        return result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Run the evaluator on the unwrapped model and log its metrics."""
@@ -112,8 +150,8 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
 class _Epochs(TrainerCallback):
     """Tell the training data which epoch begins, so that its augmentation is a function of seed, epoch and item."""
 
-    def __init__(self, dataset: Any, first_epoch: int) -> None:
-        self.dataset, self.first_epoch = dataset, first_epoch
+    def __init__(self, dataset: Any, first_epoch: int, evaluate_every: int) -> None:
+        self.dataset, self.first_epoch, self.evaluate_every = dataset, first_epoch, evaluate_every
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,11 +162,17 @@ class _Epochs(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        epoch = round(state.epoch or 0)
+        if epoch % self.evaluate_every and epoch < args.num_train_epochs:
+            control.should_evaluate = False
         control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
 
 
 class _AfterStep(TrainerCallback):
-    """Let the adapter follow its schedule, which spans the first stage; later ones count as steps after its end."""
+    """Let the adapter follow its schedule, and the model keep its parameters in range.
+
+    The schedule spans the first stage; later ones count as steps after its end.
+    """
 
     def __init__(self, later_stage: bool) -> None:
         self.later_stage = later_stage
@@ -139,6 +183,8 @@ class _AfterStep(TrainerCallback):
         """Here gradients are averaged over processes, clipped and not yet cleared, and this step is not yet counted."""
         before = state.max_steps if self.later_stage else 0
         after_step(kwargs["model"], before + state.global_step + 1, state.max_steps)
+        if callable(of_model := getattr(kwargs["model"], "after_step", None)):
+            of_model()
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -174,8 +174,14 @@ class PublishedRegions:
         dev_images: int | None = None,
         counts: str = "published",
         pictures: str | Path | None = None,
+        decode: bool = False,
     ) -> Verification:
         """Read the files of all splits: counts, numbers of images, captions, and the features of evenly spaced images.
+
+        Args:
+            root: folder of all data sets.
+            dev_images, counts, pictures: as of the class; all of dev is read in any case.
+            decode: read the features of every image.
 
         Raises:
             FileNotFoundError: there is no folder of this data set; the message says how to get it.
@@ -183,7 +189,8 @@ class PublishedRegions:
         folder = Path(root) / cls.name
         cls._check_folder(folder)
         published = {prefix: cls.published[prefix] if counts == "published" else None for prefix in cls.files.values()}
-        return verify_regions(folder, published, None if pictures is None else Path(pictures))
+        folder_of_pictures = None if pictures is None else Path(pictures)
+        return verify_regions(folder, published, folder_of_pictures, **({"samples": None} if decode else {}))
 
     @classmethod
     def _check_folder(cls, folder: Path) -> None:

@@ -23,10 +23,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from retrieval.data.dataset import SPLITS, check_prepared, fingerprint, make_once
+from retrieval.data.embedded_verify import verify_embedded
 from retrieval.data.emoji_concepts import concepts
-from retrieval.data.precomputed import read_precomputed, write_precomputed
+from retrieval.data.precomputed import CAPTIONS_PER_IMAGE, read_precomputed, write_precomputed
 from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import Scene, describe, draw, sample_scenes
+from retrieval.data.verification import Verification
 from training.encoders import efficientnet_lite0
 
 ARTWORK = "OpenMoji, CC BY-SA 4.0; so are these pictures. See ATTRIBUTION.md of resora"
@@ -105,6 +107,34 @@ class OpenMojiScenes:
             raise ValueError(f"size {size} is not a multiple of 32 pixels from 64 on; the default is 192")
         options = {"scenes": list(scenes), "size": size, "seed": seed, "dimensions": DIMENSIONS}
         make_once(Path(root) / cls.name, options, ARTWORK, lambda folder: _build(folder, Path(cache), options))
+
+    @classmethod
+    def verify(cls, root: Path, *, decode: bool = False) -> Verification:
+        """Counts against those that were asked for, and whether each picture opens and its features are finite.
+
+        Args:
+            root: folder of all data sets.
+            decode: for videos; pictures are opened in any case.
+        """
+        return verify_embedded(
+            Path(root) / cls.name,
+            lambda split: cls(root, split),
+            _problem,
+            sizes="scenes",
+            captions_per_item=CAPTIONS_PER_IMAGE,
+        )
+
+
+def _problem(data: OpenMojiScenes, index: int) -> str:
+    """What is wrong with one scene, "" if nothing is."""
+    if not np.isfinite(data.features[index]).all():
+        return f"scene {index}: its region features are not finite"
+    try:
+        with Image.open(_picture(data.folder, data.split, index)) as picture:
+            picture.verify()
+    except (OSError, SyntaxError) as error:  # Pillow raises the second for a broken PNG
+        return f"scene {index}: {error}"
+    return ""
 
 
 def _build(folder: Path, cache: Path, options: dict[str, Any]) -> None:

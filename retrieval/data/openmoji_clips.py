@@ -25,15 +25,22 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
+from retrieval.cache_writer import write_cache
 from retrieval.data.dataset import SPLITS, check_prepared, fingerprint, make_once
+from retrieval.data.embedded_verify import verify_embedded
 from retrieval.data.emoji_concepts import concepts, render, with_article
 from retrieval.data.motions import MOTIONS, animate, describe
 from retrieval.data.scenes import COLOURS
+from retrieval.data.verification import Verification
+from retrieval.frame_cache import CacheFiles, FrameCache, named
+from retrieval.reading import Reading
+from retrieval.timeline import VideoError, timeline
 from retrieval.video import read_frames
 
 ARTWORK = "OpenMoji, CC BY-SA 4.0; so are these clips. See ATTRIBUTION.md of resora"
 LENGTH = 16  # frames
 RATE = 8  # frames a second
+CAPTIONS = 3  # a clip
 
 
 class OpenMojiClips:
@@ -44,33 +51,37 @@ class OpenMojiClips:
         split: "train", "validation" or "test".
         frames: how many of a clip's 16 frames to read, evenly spaced from the first to the last.
         size: side in pixels that they are resized to, or None for the 112 of the files.
+        cache: whether to decode each clip once, into ``<root>/openmoji_clips/frames/``; see `retrieval.frame_cache`.
 
     Raises:
         FileNotFoundError: the data are not prepared; the message says how to.
-        ValueError: unknown split.
+        ValueError: unknown split, a cache without `size`, or a cache of clips that could not be read.
     """
 
     name = "openmoji_clips"
 
-    def __init__(self, root: Path, split: str, frames: int = 4, size: int | None = None) -> None:
+    def __init__(self, root: Path, split: str, frames: int = 4, size: int | None = None, cache: bool = False) -> None:
         self.folder = Path(root) / self.name
-        self.split, self.frames, self.size = split, frames, size
+        self.split, self.reading = split, Reading(frames=frames, size=size)
         check_prepared(self.folder, self.name, split)
         table = pd.read_csv(self.folder / f"{split}.csv")
         owners, self.video_ids = pd.factorize(table["video_id"])
         self.captions: list[str] = table["sentence"].tolist()
         self.image_of_caption = owners.astype(np.int64)
+        self.cache = self._cached() if cache else None
 
     def __len__(self) -> int:
         return len(self.video_ids)
 
     def visual(self, index: int) -> np.ndarray:
-        """``(T, H, W, 3)`` uint8, T = min(frames, 16). Decoded anew at each call."""
-        return read_frames(self.path(index), self.frames, size=self.size)
+        """``(T, H, W, 3)`` uint8, T = min(frames, 16). Without a cache, decoded anew at each call."""
+        if self.cache is not None:
+            return self.cache.frames(self.video_ids[index])
+        return self.reading.of(self.path(index))
 
     def thumbnails(self, index: int) -> list[Image.Image]:
         """The frames that the model sees, at the size of the file."""
-        return [Image.fromarray(frame) for frame in read_frames(self.path(index), self.frames)]
+        return [Image.fromarray(frame) for frame in read_frames(self.path(index), self.reading.frames)]
 
     def path(self, index: int) -> Path:
         """The file of a clip."""
@@ -79,7 +90,7 @@ class OpenMojiClips:
     @property
     def preprocessing(self) -> str:
         """How frames are chosen and resized; part of what a result depends on."""
-        return f"{self.frames} frames, evenly spaced, {f'{self.size} px bicubic' if self.size else 'as stored'}, decord"
+        return str(self.reading)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,6 +124,41 @@ class OpenMojiClips:
             raise ValueError(f"clips={clips}; each split needs one, and all together at most {most} pairs exist")
         options = {"clips": list(clips), "size": size, "seed": seed}
         make_once(Path(root) / cls.name, options, ARTWORK, lambda folder: _build(folder, options))
+
+    @classmethod
+    def verify(cls, root: Path, *, decode: bool = False, **options: Any) -> Verification:
+        """Counts against those that were asked for, and whether each file holds its 16 frames.
+
+        Args:
+            root: folder of all data sets.
+            decode: whether to decode the frames that are kept, instead of reading each file's index.
+            options: of the class.
+        """
+
+        def problem(data: OpenMojiClips, index: int) -> str:
+            try:
+                found = len(timeline(data.path(index)).times)
+                if decode:
+                    data.reading.of(data.path(index))
+            except VideoError as error:
+                return str(error)
+            return "" if found == LENGTH else f"{data.path(index)} holds {found} frames, expected {LENGTH}"
+
+        return verify_embedded(
+            Path(root) / cls.name,
+            lambda split: cls(root, split, **options | {"cache": False}),
+            problem,
+            sizes="clips",
+            captions_per_item=CAPTIONS,
+        )
+
+    def _cached(self) -> FrameCache:
+        videos = {video: self.path(index) for index, video in enumerate(self.video_ids)}
+        files = CacheFiles(self.folder / "frames", self.split, self.reading)
+        cache = write_cache(files, videos, workers=0)  # our own files: no process to guard against
+        if cache.unreadable:
+            raise ValueError(f"{self.name} {self.split}: clips cannot be read ({named(cache.unreadable)})")
+        return cache
 
 
 def sample_clips(clips: tuple[int, int, int], seed: int) -> pd.DataFrame:

@@ -20,14 +20,18 @@ BLOCK = 1 << 24  # bytes that a conversion reads at a time
 
 
 def verify_regions(
-    folder: Path, published: Mapping[str, tuple[int, int] | None], pictures: Path | None = None
+    folder: Path,
+    published: Mapping[str, tuple[int, int] | None],
+    pictures: Path | None = None,
+    samples: int | None = SAMPLES,
 ) -> Verification:
-    """Check the files of each split, all but the features in full.
+    """Check the files of each split, in full but for the features.
 
     Args:
         folder: where the files are.
         published: prefix of a split's files -> the published numbers of images and captions, or None.
         pictures: folder with the pictures, if they have to be there.
+        samples: evenly spaced images of a split whose features are looked at; None looks at all.
     """
     splits: list[SplitCount] = []
     problems: list[str] = []
@@ -40,7 +44,7 @@ def verify_regions(
             problems.append(str(error))
             splits.append(SplitCount(split, 0, 0, published=expected))
             continue
-        unreadable, found = _problems(folder, split, read)
+        unreadable, found = _problems(folder, split, read, samples or len(read.features))
         problems += found
         if expected is not None and expected != (len(read.features), len(read.captions)):
             problems.append(
@@ -64,16 +68,16 @@ def verify_regions(
     return Verification(splits, problems)
 
 
-def _problems(folder: Path, split: str, read: Precomputed) -> tuple[int, list[str]]:
-    """How many of the sampled images have features that cannot be right, and all problems of a split in words."""
+def _problems(folder: Path, split: str, read: Precomputed, samples: int) -> tuple[int, list[str]]:
+    """How many of `samples` images have features that cannot be right, and all problems of a split in words."""
     problems = []
     if not (folder / f"{split}_ids.txt").is_file():
         problems.append(f"{split}_ids.txt is missing: nothing says which images these are (training does not need it)")
     if empty := [line for line, caption in enumerate(read.captions, 1) if not caption]:
         problems.append(f"{split}_caps.txt has {len(empty)} empty captions: line {_some(empty)}")
-    sample = np.unique(np.linspace(0, len(read.features) - 1, min(SAMPLES, len(read.features))).astype(int)).tolist()
+    sample = np.unique(np.linspace(0, len(read.features) - 1, min(samples, len(read.features))).astype(int)).tolist()
     not_finite, zero = [], []
-    for image in sample:
+    for image in tqdm(sample, desc=f"features of {split}", unit="image", leave=False, delay=1):
         features = np.asarray(read.features[image])
         if not np.isfinite(features).all():
             not_finite.append(image)

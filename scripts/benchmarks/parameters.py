@@ -92,7 +92,7 @@ ROWS = (
     Row("CLIP ViT-B/32", "lst", "11.2", {"reduction": 4}, why="unknown; with the two projections trained 11.3"),
     Row("CLIP ViT-B/32", "unipt", "9.6", {"dim": 512}),
     Row("CLIP ViT-B/32", "adalora", "1.2", {"rank": 6, "targets": QKV}, PROJECTIONS, "rank and targets are not given"),
-    Row("CLIP ViT-B/32", "lora", "1.3", {"rank": 8, "targets": QV}, PROJECTIONS, "rank and targets are not given"),
+    Row("CLIP ViT-B/32", "lora", "1.3", {"rank": 7, "targets": QKV}, PROJECTIONS, "rank and targets are not given"),
 )  # fmt: skip
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {

@@ -98,6 +98,7 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
         "test": None if job.selection else metrics["test"],
         "redundancy": metrics.get("redundancy"),
         "curve": [line["validation"][score] for line in lines if "validation" in line],
+        "evaluate_every": config["trainer"]["evaluate_every"],
         "epochs": [stage["epochs"] for stage in config["trainer"]["stages"].values()],
         "parameters": described["trained_parameters"],
         "seconds": described["seconds"],

@@ -141,10 +141,17 @@ def stage_two_figure(records: Records, tasks: Sequence[str], path: Path) -> None
                 if not found:
                     continue
                 curves = np.array([record["curve"] for record in found])
-                first = len(curves[0]) - _second_stage_epochs(found[0])
+                every = found[0]["evaluate_every"]
+                first = len(curves[0]) - -(-int(found[0]["epochs"][-1]) // every)  # evaluations of the first stage
                 change = (curves[:, first - 1 :] - curves[:, first - 1 : first]).mean(axis=0)
                 style = {"color": "black", "linewidth": 2} if method == BASELINE else {"color": f"C{number - 1}"}
-                axis.plot(range(len(change)), change, marker=".", label=method, **style)
+                axis.plot(
+                    np.minimum(np.arange(len(change)) * every, found[0]["epochs"][-1]),
+                    change,
+                    marker=".",
+                    label=method,
+                    **style,
+                )
             axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
             axis.set(title=task, xlabel="epoch of the second stage")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -153,7 +160,3 @@ def stage_two_figure(records: Records, tasks: Sequence[str], path: Path) -> None
         figure.legend(handles, labels, loc="outside right center", frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
-
-
-def _second_stage_epochs(record: Mapping[str, Any]) -> int:
-    return int(record["epochs"][-1])

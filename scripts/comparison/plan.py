@@ -46,7 +46,13 @@ class Task:
 TASKS = {
     "digits-96": Task(
         command="train_classification",
-        overrides=("data=digits", "data.train_images=96", "trainer.batch_size=16", *epochs(12, 12)),
+        overrides=(
+            "data=digits",
+            "data.train_images=96",
+            "trainer.batch_size=16",
+            "trainer.evaluate_every=3",
+            *epochs(12, 12),
+        ),
         score="accuracy",
         unit="accuracy, %",
         seeds=tuple(range(10)),

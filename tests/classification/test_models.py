@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from adapters import Full, Linear, LoRA, inject, trainable_parameters
+from adapters import ADAPTERS, Full, Linear, LoRA, inject, trainable_parameters
 from classification.models import build_model, split_vit
 from classification.tokens import LabelledTokens, cached_tokens, compute_tokens
 from training.encoders import dinov2_small
@@ -119,3 +121,43 @@ def test_a_split_holds_its_own_images() -> None:
 def test_what_cannot_be_is_refused(settings: dict, message: str, cache: Path) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(settings, cache=cache, image_size=28, classes=2)
+
+
+def give_values(model: torch.nn.Module) -> list[str]:
+    """Only what lies in blocks and the final norm trains; it gets values that depend on its name alone."""
+    trained = []
+    for path, parameter in model.named_parameters():
+        name = path.partition("blocks.")[2] or path
+        parameter.requires_grad_(parameter.requires_grad and ("blocks." in path or path.startswith("norm.")))
+        if "ssf_" in path and not parameter.requires_grad:
+            parameter.data.fill_(float("scale" in path))  # SSF on the patch embedding, which the cut model has not
+        if parameter.requires_grad:
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.data.copy_(0.2 * values + ("scale" in name))
+            trained.append(name)
+    return sorted(trained)
+
+
+@pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"prefix", "linear"}))
+def test_an_adapter_on_the_cut_model_is_that_on_the_whole(name: str) -> None:
+    """Oracle: the same adapter in timm's uncut model."""
+    images = Pictures().images(np.arange(9))
+    low_rank = {"targets": ("q", "k", "v")}
+    settings = {"lora": low_rank, "moslora": low_rank, "adalora": low_rank, "partial": {"blocks": 1}}.get(name, {})
+    whole = small_vit()
+    frozen, cut = split_vit(copy.deepcopy(whole), 0, classes=2)
+    cut.head.load_state_dict(whole.head.state_dict())
+    for model in (whole, cut):
+        inject(model, ADAPTERS[name](**settings))
+    assert give_values(whole) == give_values(cut) != []
+    expected = whole(images)
+    logits = cut(frozen.forward_features(images))["logits"]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters() if parameter.requires_grad)
+
+
+def test_what_reads_sentences_does_not_go_on_images() -> None:
+    with pytest.raises(ValueError, match="prefix works on towers of kind bert"):
+        inject(split_vit(small_vit(), 0, classes=2)[1], ADAPTERS["prefix"]())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import retrieval_metrics
+from eval import retrieval_metrics, score_metrics, top_k_of_scores
 from eval.ranks import answer_ranks
 
 KEYS = {f"{d}_{m}" for d in ("i2t", "t2i") for m in ("R@1", "R@5", "R@10", "MedR", "MeanR")} | {"rsum"}
@@ -157,3 +157,32 @@ def test_zero_rows_are_refused() -> None:
 def test_input_that_does_not_fit_together_is_refused(images, texts, owners, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(images, texts, np.array(owners))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 12), values=st.integers(1, 50))
+def test_scores_of_pairs_are_ranked_by_the_definition(seed: int, images: int, values: int) -> None:
+    rng = np.random.default_rng(seed)
+    owners = _ragged_owners(rng, images)
+    scores = rng.integers(-values, values, size=(images, len(owners)))  # many ties
+    for matrix in (scores, scores.astype(np.float32), scores * 1e-3):
+        assert score_metrics(matrix, owners) == pytest.approx(_naive_metrics(matrix, owners))
+
+
+def test_the_best_of_scores() -> None:
+    scores, items = top_k_of_scores(np.array([[1.0, 3.0, 3.0], [0.0, -1.0, 2.0]]), 2)
+    assert scores.tolist() == [[3, 3], [2, 0]] and items.tolist() == [[1, 2], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "owners", "message"),
+    [
+        (np.zeros(3), [0, 1, 2], r"one row an image and one column a text; received shape \(3,\)"),
+        (np.array([[1.0, np.nan]]), [0, 0], "1 of 2 are NaN or infinite"),
+        (np.eye(3), [0, 1, 2, 2], "one entry for each of the 3 texts; received 4"),
+        (np.eye(3), [0, 0, 1], "1 of 3 images have no caption"),
+    ],
+)
+def test_scores_that_have_no_ranks_are_refused(scores, owners, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_metrics(scores, np.array(owners))

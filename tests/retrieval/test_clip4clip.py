@@ -1,47 +1,29 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from small_clip import clips, registered, small_clip
+from torch import nn
 from torch.nn import functional
 
 from retrieval.clip4clip import CLIP4Clip, normalise_frames
 from retrieval.clip_towers import cut_context, embedded_clip, open_clip_tower
-from retrieval.frame_transformer import FrameTransformer, quick_gelu
 
-TINY = {
-    "embed_dim": 64,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 5},
-}
+HEADS = ["meanP", "seqLSTM", "seqTransf"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The name of a small CLIP of open_clip's own kind, known to open_clip."""
-    config = tmp_path_factory.mktemp("configs") / "tiny-clip-of-tests.json"
-    config.write_text(json.dumps(TINY))
-    open_clip.add_model_config(config)
-    return config.stem
+def tiny() -> str:
+    return registered()
 
 
 @pytest.fixture
-def clip(tiny: str) -> nn.Module:
-    torch.manual_seed(0)
-    return open_clip_tower(tiny, None, context_length=16)[0]
-
-
-def clips(batch: int = 3, length: int = 4) -> tuple[Tensor, Tensor]:
-    """Normalised frames (B, T, 3, 32, 32), and a mask under which item b has T - b real frames."""
-    frames = torch.randn(batch, length, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return frames, torch.arange(length) < (length - torch.arange(batch))[:, None]
+def clip() -> nn.Module:
+    return small_clip()
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -65,7 +47,7 @@ def test_text_by_hand(clip: nn.Module) -> None:
         np.testing.assert_allclose(CLIP4Clip(clip).encode_text(shorter).numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["meanP", "seqTransf"])
+@pytest.mark.parametrize("head", HEADS)
 def test_outputs(clip: nn.Module, head: str) -> None:
     frames, mask = clips()
     output = CLIP4Clip(clip, head=head)(frames, mask, torch.randint(1, 100, (3, 16)))
@@ -76,7 +58,7 @@ def test_outputs(clip: nn.Module, head: str) -> None:
     assert output["logit_scale"].item() == pytest.approx(1 / 0.07)
 
 
-@pytest.mark.parametrize("head", ["meanP", "seqTransf"])
+@pytest.mark.parametrize("head", HEADS)
 def test_an_item_without_frames(clip: nn.Module, head: str) -> None:
     model = CLIP4Clip(clip, head=head)
     frames, mask = clips()
@@ -94,7 +76,7 @@ def test_a_batch_without_frames(clip: nn.Module) -> None:
     assert (CLIP4Clip(clip).encode_visual(frames, torch.zeros_like(mask)) == 0).all()
 
 
-@pytest.mark.parametrize("head", ["meanP", "seqTransf"])
+@pytest.mark.parametrize("head", HEADS)
 def test_padding_changes_nothing(clip: nn.Module, head: str) -> None:
     model = CLIP4Clip(clip, head=head)
     frames, mask = clips(batch=2)
@@ -111,66 +93,30 @@ def test_padding_changes_nothing(clip: nn.Module, head: str) -> None:
 
 def test_only_the_sequence_head_sees_order(clip: nn.Module) -> None:
     frames, mask = clips(batch=1)
-    for head, sees in (("meanP", False), ("seqTransf", True)):
+    for head, sees in (("meanP", False), ("seqLSTM", True), ("seqTransf", True)):
         model = CLIP4Clip(clip, head=head)
         with torch.no_grad():
             change = (model.encode_visual(frames, mask) - model.encode_visual(frames.flip(1), mask)).abs().max()
         assert change > 1e-4 if sees else change < 1e-6
 
 
-def with_torchs_layers(model: FrameTransformer, frames: Tensor, mask: Tensor) -> Tensor:
-    """The same transformer, of PyTorch's own layers with copied weights."""
-    width = frames.shape[-1]
-    hidden = frames + model.positions.weight[: frames.shape[1]]
-    for block in model.blocks:
-        layer = nn.TransformerEncoderLayer(
-            width, width // 64, 4 * width, 0.0, quick_gelu, 1e-12, batch_first=True, norm_first=True
-        )
-        layer.self_attn.load_state_dict(block.attn.state_dict())
-        layer.norm1.load_state_dict(block.ln_1.state_dict())
-        layer.norm2.load_state_dict(block.ln_2.state_dict())
-        layer.linear1.load_state_dict(block.mlp["c_fc"].state_dict())
-        layer.linear2.load_state_dict(block.mlp["c_proj"].state_dict())
-        hidden = layer(hidden, src_key_padding_mask=~mask)
-    return frames + hidden
-
-
-def test_frame_transformer_is_a_pre_norm_transformer() -> None:
-    torch.manual_seed(0)
-    model = FrameTransformer(128, max_frames=6)
-    for parameter in model.parameters():  # away from the small initial values, where blocks hardly act
-        nn.init.normal_(parameter, std=0.2)
-    frames, mask = torch.randn(3, 5, 128), torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
-    expected = with_torchs_layers(model, frames, mask)
-    torch.testing.assert_close(model(frames, mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
-    model.eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(model(frames, mask)[mask], expected[mask], atol=1e-4, rtol=1e-4)
-
-
-def test_frame_transformer_starts_from_clips_text_tower(clip: nn.Module) -> None:
-    model = CLIP4Clip(clip, head="seqTransf", max_frames=12).frame_transformer
-    assert len(model.blocks) == 4
-    torch.testing.assert_close(model.positions.weight, clip.positional_embedding[:12])
-    for block, theirs in zip(model.blocks, clip.transformer.resblocks, strict=False):
-        assert block.state_dict().keys() == theirs.state_dict().keys()
-        for name, value in theirs.state_dict().items():
-            torch.testing.assert_close(block.state_dict()[name], value)
-        assert block.mlp["c_fc"].weight is not theirs.mlp.c_fc.weight
-        assert block.ln_1.eps == block.ln_2.eps == 1e-12
-
-
 def test_heads_are_what_is_not_a_tower(clip: nn.Module) -> None:
     assert CLIP4Clip(clip).heads == ("clip.visual.proj", "clip.text_projection", "clip.logit_scale")
-    assert CLIP4Clip(clip, head="seqTransf").heads[-1] == "frame_transformer"
+    for head in ("seqLSTM", "seqTransf"):
+        assert CLIP4Clip(clip, head=head).heads[-1] == "frame_head"
+    assert CLIP4Clip(clip, head="tightTransf").heads == ("clip.visual.proj", "clip.text_projection", "pair_scores")
+    assert CLIP4Clip(clip, head="seqLSTM", projections="backbone").heads == ("frame_head",)
 
 
 def test_errors(clip: nn.Module) -> None:
-    with pytest.raises(ValueError, match="meanP, seqTransf"):
-        CLIP4Clip(clip, head="seqLSTM")
+    with pytest.raises(ValueError, match="meanP, seqLSTM, seqTransf, tightTransf"):
+        CLIP4Clip(clip, head="meanp")
+    with pytest.raises(ValueError, match="expected one of head, backbone"):
+        CLIP4Clip(clip, projections="frozen")
     frames, mask = clips()
-    with pytest.raises(ValueError, match="max_frames is 3"):
-        CLIP4Clip(clip, head="seqTransf", max_frames=3).encode_visual(frames, mask)
+    for head in ("seqTransf", "tightTransf"):
+        with pytest.raises(ValueError, match="max_frames is 3"):
+            CLIP4Clip(clip, head=head, max_frames=3).encode_visual(frames, mask)
     with pytest.raises(ValueError, match="uint8"):
         normalise_frames(frames, (0, 0, 0), (1, 1, 1))
     with pytest.raises(ValueError, match=r"data\.size=32"):
@@ -198,6 +144,17 @@ def test_collate_visual(clip: nn.Module) -> None:
         assert (row[~mask] == 0).all()
 
 
+def test_collate_visual_takes_clips_without_frames(clip: nn.Module) -> None:
+    empty, full = np.zeros((0, 32, 32, 3), np.uint8), np.ones((2, 32, 32, 3), np.uint8)
+    model = CLIP4Clip(clip)
+    batch = model.collate_visual([empty, full])
+    assert batch["frame_mask"].tolist() == [[0, 0], [1, 1]] and (batch["frames"][0] == 0).all()
+    nothing = model.collate_visual([empty, empty])
+    assert nothing["frames"].shape == (2, 1, 3, 32, 32) and not nothing["frame_mask"].any()
+    for head in HEADS:
+        assert (CLIP4Clip(clip, head=head).encode_visual(**nothing) == 0).all()
+
+
 def test_cut_context_keeps_features_of_short_sentences(tiny: str) -> None:
     torch.manual_seed(0)
     whole = open_clip.create_model(tiny).eval()
@@ -208,29 +165,6 @@ def test_cut_context_keeps_features_of_short_sentences(tiny: str) -> None:
         torch.testing.assert_close(whole.encode_text(tokens[:, :16]), expected, atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="16 positions"):
         cut_context(whole, 77)
-
-
-def test_weights_come_from_safetensors_only(tiny: str, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    theirs = open_clip.create_model(tiny)
-    save_file(theirs.state_dict(), tmp_path / "clip.safetensors")
-    model, tokenizer = open_clip_tower(tiny, tmp_path / "clip.safetensors")
-    torch.testing.assert_close(model.visual.proj, theirs.visual.proj)
-    torch.testing.assert_close(model.positional_embedding, theirs.positional_embedding[:32])
-    assert tokenizer(["an owl"]).shape == (1, 32)
-    assert not model.training
-
-    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="safetensors"):
-        open_clip_tower(tiny, tmp_path / "clip.pt")
-    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
-        open_clip_tower(tiny, tmp_path / "absent.safetensors")
-    (tmp_path / "text.safetensors").write_text("this is not it")
-    with pytest.raises(ValueError, match="does not hold the weights"):
-        open_clip_tower(tiny, tmp_path / "text.safetensors")
-    save_file({"logit_scale": torch.zeros(())}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="does not hold the weights"):
-        open_clip_tower(tiny, tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("name", ["hf-hub:someone/something", "ViT-B-31"])
@@ -250,7 +184,7 @@ def test_embedded_clip_is_its_two_towers(cache: Path) -> None:
     torch.manual_seed(0)
     clip, tokenizer = embedded_clip(cache, image_size=56)
     model = CLIP4Clip(clip, head="seqTransf")
-    assert model.heads == ("clip.visual.head", "clip.text.proj", "clip.logit_scale", "frame_transformer")
+    assert model.heads == ("clip.visual.head", "clip.text.proj", "clip.logit_scale", "frame_head")
     images = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
     frames = model.collate_visual([images])["frames"]
     encoded = tokenizer(["an owl spinning", "a dog"], padding=True, return_tensors="pt")

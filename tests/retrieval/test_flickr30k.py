@@ -182,5 +182,10 @@ def test_verify_names_what_is_wrong(root: Path, tmp_path: Path) -> None:
     ):
         assert part in text, text
     assert [split.unreadable for split in found.splits] == [3, 0, 0]
+    many = features_of(1000, regions=2, width=3)
+    many[1] = np.inf  # between two of the 256 that are looked at
+    write_split(folder, "train", many, first_id=5000)
+    assert Flickr30K.verify(root, counts="any").splits[0].unreadable == 0
+    assert Flickr30K.verify(root, counts="any", decode=True).splits[0].unreadable == 1
     (folder / "dev_ids.txt").unlink()
     assert any("dev_ids.txt is missing" in problem for problem in Flickr30K.verify(root, counts="any").problems)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,44 @@ def test_info_nce_is_the_symmetric_cross_entropy(learned: bool) -> None:
     value = InfoNCE(temperature=0.1)(outputs, 0.0)["info_nce"]
     assert float(value) == pytest.approx((over_visual + over_text) / 2, rel=1e-12)
     assert set(LOSSES) == {"triplet", "info_nce"}
+
+
+@pytest.mark.parametrize("epoch", [0.0, 2.0])
+@pytest.mark.parametrize("loss", [InfoNCE(), TripletLoss()])
+def test_a_pair_that_is_not_valid_is_as_if_it_were_not_there(loss: Any, epoch: float) -> None:
+    """Value and gradients are those of the batch without it; its own gradient is zero."""
+    kept = torch.tensor([True, False, True, True, False, True])
+    whole, less = pairs(), pairs()
+    whole["visual"][~kept] = 0.0  # as a clip without frames is embedded
+    for outputs in (whole, less):
+        for side in ("visual", "text"):
+            outputs[side].requires_grad_()
+    (value,) = loss(whole | {"valid": kept}, epoch).values()
+    (expected,) = loss({side: tensor[kept] for side, tensor in less.items()}, epoch).values()
+    assert float(value) == pytest.approx(float(expected), rel=1e-12)
+    value.backward()
+    expected.backward()
+    for side in ("visual", "text"):
+        torch.testing.assert_close(whole[side].grad[kept], less[side].grad[kept])
+        assert (whole[side].grad[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), TripletLoss(warmup_epochs=0)])
+@pytest.mark.parametrize("valid", [[False, False], [True, False]])
+def test_a_batch_of_one_valid_pair_or_none_has_no_loss(loss: Any, valid: list[bool]) -> None:
+    outputs = {side: torch.randn(2, 4, requires_grad=True) for side in ("visual", "text")}
+    (value,) = loss(outputs | {"valid": torch.tensor(valid)}, 1.0).values()
+    value.backward()
+    assert float(value) == pytest.approx(0, abs=1e-6)
+    assert all(outputs[side].grad.abs().max() < 1e-5 for side in outputs)
+
+
+def test_scores_that_a_model_brings_are_taken() -> None:
+    outputs = pairs()
+    scores = outputs["text"] @ outputs["visual"].T
+    brought = {"visual": torch.zeros(6, 2), "text": torch.zeros(6, 2), "by_text": scores, "by_visual": scores.T}
+    for loss in (InfoNCE(), TripletLoss()):
+        assert float(*loss(brought, 2.0).values()) == pytest.approx(float(*loss(outputs, 2.0).values()))
 
 
 def test_published_sizes_of_vse_infinity() -> None:

@@ -20,6 +20,7 @@ from regularizers.nonlinear import MARGIN, SPACING
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/benchmark.py`
 
 import benchmark
+import benchmarks.adapters as adapters_subject
 import benchmarks.regularizers as subject
 from benchmarks.measure import count, median_interval, paired_ratios, resident_peak
 from benchmarks.naive_equations import NAIVE
@@ -167,3 +168,25 @@ def test_a_mistake_says_what_is_expected(
         benchmark.main(["regularizers", *arguments, "--output", str(tmp_path)])
     assert hint in f"{stop.value}{capsys.readouterr().err}"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, which spares the imports; only resident memory, which is not looked at, needs fresh ones."""
+    monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
+    options = "--tiny --backbones vit --methods lora dtl --batch 1 --pairs 1 --peft-pairs 1 --few-pairs 1 --threads 1"
+    benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "full", "PEFT's LoRA", "lora", "dtl", "lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2"
+    ]  # fmt: skip
+    blocks, width = 2, 768
+    assert rows["lora"]["trained"] == blocks * 3 * 8 * 2 * width
+    assert rows["PEFT's LoRA"]["trained"] == blocks * 8 * (width + 3 * width)
+    same = blocks * 8 * (2 * width + 2 * 5 * width)
+    assert [rows[name]["trained"] for name in ("lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2")] == [same, same]
+    assert len(rows["dtl"]["against_full"]) == len(rows["lora"]["against_peft"]) == 1
+    assert rows["lora"]["counts"]["flops"] < rows["full"]["counts"]["flops"]
+    page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
+    assert "| lora on o, fc1, fc2: memory / PEFT's LoRA on o, fc1, fc2 | x 1 |" in page

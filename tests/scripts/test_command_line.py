@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,12 @@ def test_help_shows_two_examples_of_the_command(command: str) -> None:
 
 def test_help_offers_what_fits_the_command() -> None:
     retrieval, classification = run("train_retrieval", "--help").stdout, run("train_classification", "--help").stdout
-    assert "|openmoji|openmoji_clips\n" in retrieval and "vse_infty|vse_infty_base\n" in retrieval
+    for group, choices in {
+        "data": ("openmoji", "openmoji_clips", "msrvtt", "flickr30k", "coco"),
+        "model": ("clip4clip", "vse_infty", "vse_infty_base"),
+    }.items():
+        for choice in choices:
+            assert re.search(rf"^  {group}=(\w+\|)*{choice}(\||$)", retrieval, re.MULTILINE)
     assert "data=digits\n" in classification and "model=dinov2_small\n" in classification
     for shared in ("  adapter=", "  regularizer="):
         both = [[line for line in text.splitlines() if line.startswith(shared)] for text in (retrieval, classification)]

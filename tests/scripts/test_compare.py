@@ -45,7 +45,7 @@ def fake_run(job: Job, runs: Path) -> dict[str, Any]:
         "task": job.task, "method": job.method, "seed": job.seed, "settings": dict(job.settings),
         "selection": job.selection, "validation": {"accuracy": score}, "test": {"accuracy": score},
         "redundancy": {"before": 0.5, "after": 0.25} if job.method != "full" else None,
-        "curve": [score - 3, score - 2, score - 1, score], "epochs": [2, 2], "parameters": 1000,
+        "curve": [score - 3, score - 2, score - 1, score], "epochs": [2, 2], "evaluate_every": 1, "parameters": 1000,
     }  # fmt: skip
 
 

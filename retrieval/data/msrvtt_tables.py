@@ -1,0 +1,158 @@
+"""The annotation files of MSR-VTT as retrieval uses them (1k-A), as they are published.
+
+- ``MSRVTT_train.9k.csv`` and ``MSRVTT_train.7k.csv``: a header and a ``video_id`` ("video0") a line; the second is the
+  first part of the data set's own training and validation split, and a subset of the first file.
+- ``MSRVTT_data.json``: ``{"sentences": [{"sen_id", "video_id", "caption"}, ...], ...}``, 20 a video.
+- ``MSRVTT_JSFUSION_test.csv``: ``key,vid_key,video_id,sentence``, one sentence for each of 1,000 videos.
+
+Four sentences of the test occur for two or three videos (9 rows); they are kept, as in all published results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+TRAIN = ("9k", "7k")
+TEST_FILE = "MSRVTT_JSFUSION_test.csv"
+DATA_FILE = "MSRVTT_data.json"
+ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")  # of video files; the first that is there is taken
+PUBLISHED = {"train.9k": (9000, 180_000), "train.7k": (7010, 140_200), "test": (1000, 1000)}  # videos, sentences
+
+NEEDED = """MSR-VTT is not in {folder}: {missing} not found.
+It cannot be fetched from here. Put these there, under these names:
+  MSRVTT_train.9k.csv, MSRVTT_train.7k.csv, MSRVTT_JSFUSION_test.csv, MSRVTT_data.json
+      the splits and sentences, from msrvtt_data.zip in the releases of github.com/ArrowLuo/CLIP4Clip
+  videos/video0.mp4 ... videos/video9999.mp4
+      the clips, from the data set's authors (Xu et al., CVPR 2016); .webm, .mkv, .avi and .mov are found too
+Then: python scripts/prepare_data.py data=msrvtt; `verify` tells what is missing."""
+
+
+def train_file(train: str) -> str:
+    """The name of a training list; ValueError for another than `TRAIN`."""
+    if train not in TRAIN:
+        raise ValueError(f"train is {train!r}; expected one of {', '.join(TRAIN)}")
+    return f"MSRVTT_train.{train}.csv"
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Raise a FileNotFoundError that says what to get, and where to put it, if one is missing."""
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise FileNotFoundError(NEEDED.format(folder=folder, missing=", ".join(missing)))
+
+
+def training_videos(folder: Path, train: str) -> list[str]:
+    """The videos of a training list, in its order."""
+    return _table(folder / train_file(train), ["video_id"])["video_id"].tolist()
+
+
+def read_train(folder: Path, train: str, check_counts: bool) -> pd.DataFrame:
+    """video_id, caption and sen_id of every sentence of a training list.
+
+    Raises:
+        ValueError: a file is not of its form, the counts are not the published ones, or a video is also in the test.
+    """
+    videos = training_videos(folder, train)
+    pairs = _counted(f"train.{train}", captions_of(folder, videos), check_counts)
+    if leaked := set(videos) & set(_table(folder / TEST_FILE, ["video_id"])["video_id"]):
+        raise ValueError(f"{len(leaked)} videos of {train_file(train)} are in {TEST_FILE} too, {min(leaked)} for one")
+    return pairs
+
+
+def read_test(folder: Path, check_counts: bool) -> pd.DataFrame:
+    """video_id and caption of the test pairs, in the order of the file; ValueError as for `read_train`."""
+    table = _table(folder / TEST_FILE, ["video_id", "sentence"])
+    pairs = table[["video_id", "sentence"]].rename(columns={"sentence": "caption"})
+    return _counted("test", pairs, check_counts)
+
+
+def captions_of(folder: Path, videos: Sequence[str]) -> pd.DataFrame:
+    """video_id, caption and sen_id of every sentence on `videos`, in the order of these, then of the file.
+
+    Raises:
+        ValueError: the file is not of this form, or a video has no sentence.
+    """
+    path = folder / DATA_FILE
+    try:
+        table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["sentences"])
+        table = table[["video_id", "caption", "sen_id"]].astype({"video_id": str, "caption": str, "sen_id": str})
+    except (ValueError, KeyError, TypeError) as error:
+        expected = '{"sentences": [{"sen_id": 0, "video_id": "video0", "caption": "..."}, ...]}'
+        raise ValueError(f"{path} is not of the form {expected} ({type(error).__name__}: {error})") from error
+    position = {video: number for number, video in enumerate(videos)}
+    table = table[table["video_id"].isin(set(position))]
+    if silent := position.keys() - set(table["video_id"]):
+        raise ValueError(f"{path} has no sentence on {len(silent)} videos of the list, {min(silent)} for one")
+    order = table["video_id"].map(position).argsort(kind="stable")
+    return table.iloc[order].reset_index(drop=True)
+
+
+def carve_validation(videos: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` of the videos, in their order: those whose names have the smallest hashes.
+
+    So the choice depends on the seed and the names alone, not on a library's random numbers.
+
+    Raises:
+        ValueError: there would be no video for validation or none for training.
+    """
+    if not 0 < count < len(videos):
+        raise ValueError(f"validation={count} of {len(videos)} training videos; expected at least one for either split")
+    chosen = set(sorted(videos, key=lambda video: _hash(seed, video))[:count])
+    return [video for video in videos if video in chosen]
+
+
+def one_caption_each(captions: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """One sentence of each video, drawn by hash: pairs of the form that the test split has."""
+    hashes = [
+        _hash(seed, video, sentence) for video, sentence in zip(captions["video_id"], captions["sen_id"], strict=True)
+    ]
+    first = captions.assign(hash=hashes).sort_values("hash", kind="stable").drop_duplicates("video_id").index
+    return captions.loc[sorted(first)].reset_index(drop=True)
+
+
+def check_count(name: str, found: tuple[int, int]) -> str | None:
+    """What is wrong with the number of videos and sentences of a list of `PUBLISHED`, or None."""
+    if found == (published := PUBLISHED[name]):
+        return None
+    file = TEST_FILE if name == "test" else f"MSRVTT_{name}.csv with {DATA_FILE}"
+    return (
+        f"{file}: {found[0]:,} videos with {found[1]:,} sentences, published are {published[0]:,} with {published[1]:,}"
+    )
+
+
+def find_videos(folder: Path, videos: Iterable[str]) -> dict[str, Path]:
+    """Video -> its file ``<folder>/<video>.<ending>``; for one that is missing, where its .mp4 would be."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {
+        video: folder / next((video + ending for ending in ENDINGS if video + ending in there), video + ENDINGS[0])
+        for video in videos
+    }
+
+
+def _table(path: Path, columns: list[str]) -> pd.DataFrame:
+    # keep_default_na: a sentence may be "null" or "none"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected {', '.join(missing)} too")
+    names = table["video_id"]
+    if (strange := names[[not re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names]]).size:
+        raise ValueError(f"{path}: {strange.iloc[0]!r} is no video_id; expected letters, digits, _ and -, as in video0")
+    if (twice := names[names.duplicated()]).size:
+        raise ValueError(f"{path} names {twice.size} videos more than once, {twice.iloc[0]} for one")
+    return table
+
+
+def _counted(name: str, pairs: pd.DataFrame, check: bool) -> pd.DataFrame:
+    problem = check_count(name, (pairs["video_id"].nunique(), len(pairs)))
+    if check and problem:
+        raise ValueError(f"{problem}; complete the files, or take them as they are with data.check_counts=false")
+    return pairs
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()

@@ -1,0 +1,148 @@
+"""How fast clips are read: our two backends and the frame cache beside the way of CLIP4Clip's authors, same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.machine import described
+from benchmarks.measure import paired_ratios
+from benchmarks.prior_video import MEAN, STD, WAYS, prior_clip
+from benchmarks.video_page import page
+from retrieval.cache_writer import write_cache
+from retrieval.clip4clip import normalise_frames
+from retrieval.frame_cache import CacheFiles, FrameCache
+from retrieval.reading import Reading
+
+WARM_UP = 2
+SCENE = 5  # seconds between two cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run; see `scripts/benchmark.py video --help`."""
+
+    clips: int = 10
+    seconds: int = 30
+    width: int = 320
+    height: int = 240
+    rate: int = 25
+    frames: int = 12
+    size: int = 224
+    pairs: int = 30
+    threads: int = 1
+    output: Path
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "seconds", "rate", "frames", "size", "pairs", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if min(self.width, self.height) < 16 or self.width % 2 or self.height % 2:
+            raise ValueError(f"videos of {self.width} x {self.height}; expected even numbers of pixels from 16 on")
+
+
+class Reader:
+    """One way of reading, called for one clip after the other; `seconds` are what each call took."""
+
+    def __init__(self, read: Callable[[Path], Tensor], paths: list[Path]) -> None:
+        self.read, self.paths = read, cycle(paths)
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        path, start = next(self.paths), perf_counter()
+        self.read(path)
+        self.seconds.append(perf_counter() - start)
+
+
+def run(settings: Settings) -> None:
+    """Encode the videos, measure, print the page and write it with the raw numbers beside it."""
+    torch.set_num_threads(settings.threads)
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"clip{number}.mp4" for number in range(settings.clips)]
+        for number, path in enumerate(tqdm(paths, desc="encoding", unit="clip")):
+            encode(path, number, settings)
+        megabytes = sum(path.stat().st_size for path in paths) / 1e6
+        cache = write_cache(
+            CacheFiles(Path(folder), "clips", reading(settings)), {path.stem: path for path in paths}, workers=0
+        )
+        rows = measured(paths, cache, settings)
+    results = {"settings": described(settings), "megabytes": megabytes, "stand_in": "OpenCV" not in WAYS, "rows": rows}
+    settings.output.mkdir(parents=True, exist_ok=True)
+    text = page(results)
+    print(f"\n{text}")
+    (settings.output / "video.md").write_text(text, encoding="utf-8")
+    (settings.output / "video.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {settings.output}/video.md and .json")
+
+
+def reading(settings: Settings, backend: str = "decord") -> Reading:
+    return Reading(frames=settings.frames, frames_per_second=1.0, size=settings.size, backend=backend)
+
+
+def ours(settings: Settings, cache: FrameCache) -> dict[str, Callable[[Path], Tensor]]:
+    """Our ways, each from a path to (T, 3, size, size) float32, normalised."""
+
+    def normalised(frames: np.ndarray) -> Tensor:
+        return normalise_frames(torch.from_numpy(frames)[None], MEAN, STD)[0]
+
+    return {
+        "decord": lambda path: normalised(reading(settings, "decord").of(path)),
+        "PyAV": lambda path: normalised(reading(settings, "pyav").of(path)),
+        "frame cache": lambda path: normalised(cache.frames(path.stem)),
+    }
+
+
+def measured(paths: list[Path], cache: FrameCache, settings: Settings) -> list[dict[str, Any]]:
+    """For each of prior code's ways and each of ours: ratios of paired reads of one clip, and their seconds."""
+    plan = [(prior, way, name, read) for prior, way in WAYS.items() for name, read in ours(settings, cache).items()]
+    rows = []
+    with tqdm(total=len(plan) * (settings.pairs + WARM_UP), desc="time", unit="pair") as bar:
+        for prior, way, name, read in plan:
+            bar.set_postfix_str(f"{name} / {prior}")
+            theirs = partial(prior_clip, frames_a_second=way, frames=settings.frames, size=settings.size)
+            plain, measured_one = Reader(theirs, paths), Reader(read, paths)
+            ratios = paired_ratios(plain, measured_one, settings.pairs, warm_up=WARM_UP, progress=bar.update)
+            seconds = {"prior_seconds": plain.seconds[WARM_UP:], "seconds": measured_one.seconds[WARM_UP:]}
+            rows.append({"prior": prior, "name": name, "time_ratios": ratios, **seconds})
+    return rows
+
+
+def encode(path: Path, seed: int, settings: Settings) -> None:
+    """Write an H.264 clip with x264's own settings: a window wanders over a coarse picture, with a cut now and then."""
+    rng = np.random.default_rng(seed)
+    height, width = settings.height, settings.width
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=settings.rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(settings.seconds * settings.rate):
+            moment = number % (SCENE * settings.rate) / (SCENE * settings.rate)
+            if moment == 0:
+                scene, direction = _scene(rng, 2 * height, 2 * width), rng.uniform(0.1, 0.9, (2, 2))
+            across = direction[0] + (direction[1] - direction[0]) * moment
+            top, left = int(across[0] * height), int(across[1] * width)
+            frame = np.ascontiguousarray(scene[top : top + height, left : left + width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _scene(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise at several scales, the coarse the strongest, as in pictures of the world: (height, width, 3) uint8."""
+    total = np.zeros((height, width, 3))
+    for cells in (4, 16, 64, 256):
+        noise = rng.integers(0, 256, (cells * height // width + 1, cells, 3), dtype=np.uint8)
+        total += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)) / cells**0.5
+    return np.uint8(255 * (total - total.min()) / np.ptp(total))

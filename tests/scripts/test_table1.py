@@ -1,0 +1,59 @@
+"""Table 1 of the paper: a configuration for each row and column, with the published numbers in its header."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
+
+from command_line import CONF, compose
+
+from adapters import ADAPTERS
+from retrieval.experiment import Experiment
+
+# Parameters (M), R@1 (I-T, T-I, or T-V, V-T), Rsum of the paper's Table 1; the last row prints gains over LoRA.
+PUBLISHED = {
+    "full": ((109.5, 79.7, 62.1, 513.5), (151.3, 42.8, 42.1, 389.2)),
+    "partial": ((0.8, 74.8, 53.7, 485.5), (0.7, 36.4, 37.0, 353.9)),
+    "houlsby": ((2.6, 79.1, 60.5, 511.3), (5.2, 38.3, 39.6, 364.3)),
+    "bitfit": ((0.9, 77.3, 57.8, 503.9), (0.1, 38.1, 40.6, 370.8)),
+    "prompt": ((10.7, 78.7, 59.0, 508.5), (0.2, 36.8, 37.5, 358.8)),
+    "ssf": ((0.2, 80.0, 60.4, 512.8), (0.5, 40.2, 41.8, 376.6)),
+    "fact": ((0.6, 79.2, 59.3, 508.8), (0.8, 38.7, 39.8, 367.2)),
+    "lst": ((7.5, 77.9, 57.3, 501.9), (11.2, 37.0, 37.8, 356.7)),
+    "unipt": ((5.9, 80.2, 59.8, 510.5), (9.6, 38.9, 39.3, 361.3)),
+    "adalora": ((1.0, 79.8, 60.1, 510.3), (1.2, 39.2, 39.6, 368.5)),
+    "lora": ((1.1, 78.8, 59.6, 508.2), (1.3, 38.8, 39.9, 366.8)),
+    "lora_resora": ((1.1, 78.8 + 1.0, 59.6 + 0.8, 508.2 + 2.6), (1.3, 38.8 + 0.6, 39.9 + 0.6, 366.8 + 3.3)),
+}
+COLUMNS = {"flickr30k": ("vse_infty", "triplet"), "msrvtt": ("clip4clip", "info_nce")}
+FILES = sorted((CONF / "table1").glob("*.yaml"))
+
+
+def test_every_row_has_both_columns() -> None:
+    assert {path.stem for path in FILES} == {f"{column}_{row}" for column in COLUMNS for row in PUBLISHED}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_row(path: Path) -> None:
+    column, _, row = path.stem.partition("_")
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    assert f"python scripts/train_retrieval.py table1={path.stem}\n" in header
+    published = re.search(r"published: (\S+) M parameters, R@1 \S+ (\S+), \S+ (\S+), Rsum (\S+)\n", header)
+    assert published is not None
+    expected = PUBLISHED[row][list(COLUMNS).index(column)]
+    assert [float(number) for number in published.groups()] == pytest.approx(expected)
+
+    config = compose("train_retrieval", [f"table1={path.stem}", "seed=3"])
+    experiment = Experiment.of(config)
+    model, loss = COLUMNS[column]
+    assert (experiment.data, experiment.model["name"], config["loss"]["name"]) == (column, model, loss)
+    assert (experiment.regularizer is not None) == (row == "lora_resora")
+    assert experiment.seed == 3
+    name = {"prompt": {"flickr30k": "prefix", "msrvtt": "vpt"}, "fact": {column: "fact_tt"}}
+    assert experiment.adapter.name == name.get(row, {}).get(column, row.removesuffix("_resora"))
+    assert experiment.adapter.name in ADAPTERS
