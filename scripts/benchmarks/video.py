@@ -145,4 +145,4 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     for cells in (4, 16, 64, 256):
         noise = rng.integers(0, 256, (cells * height // width + 1, cells, 3), dtype=np.uint8)
         total += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)) / cells**0.5
-    return np.uint8(255 * (total - total.min()) / np.ptp(total))
+    return (255 * (total - total.min()) / np.ptp(total)).astype(np.uint8)
