@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retrieval.timeline import VideoError, timeline
 from retrieval.video import BACKENDS, SLICINGS, read_frames
 
 
@@ -76,3 +78,18 @@ class Reading:
         rate = "" if self.frames_per_second is None else f" of {self.frames_per_second:g} a second"
         size = f"{self.size} px bicubic" if self.size else "as stored"
         return f"at most {self.frames} frames{rate}, {self.slicing}, {size}, {self.backend}"
+
+
+def problem_of(path: Path, reading: Reading | None = None) -> str:
+    """Why a video cannot be read, "" if it can: its index is read, and its frames decoded if `reading` says which.
+
+    Here and not beside a data set, so that a process that calls it need not import more.
+    """
+    try:
+        if reading is None:
+            timeline(path)
+        else:
+            reading.of(path)
+    except VideoError as error:
+        return error.reason
+    return ""

@@ -7,7 +7,7 @@ Frames are chosen from the timeline before anything is decoded, so every backend
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -36,11 +36,13 @@ class Timeline:
         times: presentation time of each frame that can be shown, in order of presentation, in units of the stream.
         fps: average frames per second, 0.0 if the container does not say.
         seekable: whether the n-th packet of each key frame is the n-th frame shown, and a seek to it finds it.
+        keys: which frames are key frames, ascending; empty where it is not seekable.
     """
 
     times: tuple[int | None, ...]
     fps: float
     seekable: bool
+    keys: tuple[int, ...] = ()
 
 
 def timeline(path: str | PathLike[str]) -> Timeline:
@@ -103,6 +105,36 @@ def decode(
         raise VideoError(path, f"FFmpeg cannot decode frame {position} ({error.strerror})") from error
 
 
+def decode_only(
+    path: str | PathLike[str], container: av.container.InputContainer, stream: av.VideoStream, times: Collection[int]
+) -> Iterator[av.VideoFrame]:
+    """The frames shown at `times`, all of the group of pictures at whose key frame the container stands.
+
+    A frame that is not wanted and that no other refers to is skipped by the decoder, which saves a third to a half of
+    the work; the others are the same bits with and without it.
+
+    Raises:
+        VideoError: a frame is damaged.
+    """
+    context, waiting = stream.codec_context, set(times)
+    try:
+        for packet in container.demux(stream):
+            context.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
+            waiting.discard(cast(int, packet.pts))
+            frames = packet.decode()
+            if not waiting:  # what comes later refers to these, not these to it
+                frames += context.decode(None)
+            for frame in frames:
+                if frame.pts in times:
+                    if frame.is_corrupt:
+                        raise VideoError(path, f"the frame at {frame.time:.2f} s is damaged")
+                    yield frame
+            if not waiting:
+                return
+    except av.FFmpegError as error:
+        raise VideoError(path, f"FFmpeg cannot decode a frame that it needs ({error.strerror})") from error
+
+
 def _from_packets(packets: list[av.Packet], fps: float, whole_index: bool) -> Timeline:
     keys = [packet for packet in packets if packet.is_keyframe]
     if not keys or any(packet.pts is None or packet.dts is None for packet in packets):
@@ -117,7 +149,9 @@ def _from_packets(packets: list[av.Packet], fps: float, whole_index: bool) -> Ti
         # FFmpeg seeks by decoding time: it takes the last key frame that is not later
         and all(cast(int, key.pts) < cast(int, following.dts) for key, following in pairwise(keys))
     )
-    return Timeline(tuple(times), fps, seekable)
+    return Timeline(
+        tuple(times), fps, seekable, tuple(position[cast(int, key.pts)] for key in keys) if seekable else ()
+    )
 
 
 def _checked(path: str | PathLike[str], line: Timeline) -> Timeline:

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable
 from itertools import islice
 from os import PathLike
+from typing import cast
 
 import av
 import numpy as np
 from PIL import Image
 
-from retrieval.timeline import Timeline, VideoError, decode, timeline, video_stream
+from retrieval.timeline import Timeline, VideoError, decode, decode_only, timeline, video_stream
 
 __all__ = ["BACKENDS", "SLICINGS", "VideoError", "frame_indices", "read_frames", "resize_and_crop"]
 
@@ -129,11 +130,34 @@ def decord_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline
 
 
 def pyav_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline) -> np.ndarray:
-    """Decode frames `indices` with PyAV, (T, H, W, 3) uint8: in order from the start, checking presentation times.
+    """Decode frames `indices` with PyAV, (T, H, W, 3) uint8.
+
+    Where `line` allows it, from the key frame before each wanted frame on, and of the rest only what they refer to;
+    else in order from the start.
 
     Raises:
-        VideoError: a frame up to the last one wanted is missing, damaged, or not shown when the container says.
+        VideoError: a wanted frame is missing, damaged, or not shown when the container says.
     """
+    frames = _sought(path, indices, line) if line.seekable else _in_order(path, indices, line)
+    if len(frames) < len(indices):
+        raise VideoError(path, f"only {len(frames)} of {len(indices)} frames up to {indices[-1]} can be decoded")
+    return np.stack(frames)
+
+
+def _sought(path: str | PathLike[str], indices: np.ndarray, line: Timeline) -> list[np.ndarray]:
+    groups = np.searchsorted(line.keys, indices, side="right") - 1
+    kept: dict[int, np.ndarray] = {}
+    with av.open(str(path)) as container:
+        stream = video_stream(path, container)
+        for group in np.unique(groups):
+            container.seek(cast(int, line.times[line.keys[group]]), stream=stream)
+            wanted = [cast(int, line.times[index]) for index in indices[groups == group]]
+            for frame in decode_only(path, container, stream, wanted):
+                kept[cast(int, frame.pts)] = frame.to_ndarray(format="rgb24")
+    return [kept[time] for time in sorted(kept)]
+
+
+def _in_order(path: str | PathLike[str], indices: np.ndarray, line: Timeline) -> list[np.ndarray]:
     kept: list[np.ndarray] = []
     wanted, last = set(indices.tolist()), int(indices[-1])
     with av.open(str(path)) as container:
@@ -143,9 +167,7 @@ def pyav_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline) 
                 raise VideoError(path, f"frame {position} of {len(line.times)} is missing")
             if position in wanted:
                 kept.append(frame.to_ndarray(format="rgb24"))
-    if len(kept) < len(wanted):
-        raise VideoError(path, f"it ends before frame {last} of {len(line.times)}")
-    return np.stack(kept)
+    return kept
 
 
 BACKENDS: dict[str, Callable[[str | PathLike[str], np.ndarray, Timeline], np.ndarray]] = {

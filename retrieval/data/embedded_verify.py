@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from retrieval.data.dataset import SPLITS, RetrievalDataset, check_prepared
+from retrieval.data.dataset import SPLITS, check_prepared
 from retrieval.data.verification import SplitCount, Verification
-
-Data = TypeVar("Data", bound=RetrievalDataset)
 
 
 def verify_embedded(
     folder: Path,
-    open_split: Callable[[str], Data],
-    check_item: Callable[[Data, int], str],
+    open_split: Callable[[str], Any],
+    check_item: Callable[[Any, int], str],
     *,
     sizes: str,
     captions_per_item: int,

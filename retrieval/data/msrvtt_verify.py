@@ -23,10 +23,8 @@ from retrieval.data.msrvtt_tables import (
 )
 from retrieval.data.verification import SplitCount, Verification
 from retrieval.frame_cache import CacheFiles, FrameCache
-from retrieval.reading import Reading
+from retrieval.reading import Reading, problem_of
 from retrieval.timed import Failure, timed_map
-from retrieval.timeline import timeline
-from retrieval.video import VideoError
 
 
 def verify_msrvtt(
@@ -76,24 +74,12 @@ def verify_msrvtt(
     return Verification(splits, problems)
 
 
-def check_video(path: Path, reading: Reading | None) -> str:
-    """Why a file cannot be read, "" if it can: its index is read, and its frames decoded if `reading` says which."""
-    try:
-        if reading is None:
-            timeline(path)
-        else:
-            reading.of(path)
-    except VideoError as error:
-        return error.reason
-    return ""
-
-
 def _unreadable(
     label: str, videos: Mapping[str, Path], reading: Reading | None, workers: int, time_limit: float
 ) -> dict[str, str]:
     found = {}
     names = list(videos)
-    calls = timed_map(partial(check_video, reading=reading), list(videos.values()), workers=workers, seconds=time_limit)
+    calls = timed_map(partial(problem_of, reading=reading), list(videos.values()), workers=workers, seconds=time_limit)
     for position, outcome in tqdm(calls, total=len(names), desc=f"checking {label}", unit="video"):
         if reason := outcome.reason if isinstance(outcome, Failure) else outcome:
             found[names[position]] = reason

@@ -156,7 +156,7 @@ def test_frames(sound: Path) -> None:
     frames = test.visual(0)
     assert frames.dtype == np.uint8 and frames.shape == (4, 32, 32, 3)
     first = MSRVTT(sound, "test", check_counts=False, frames=4, size=64).visual(0)
-    assert numbers(first) == [0, 48, 96, 168]  # of 194 frames at 24 a second: 9 candidates
+    assert numbers(first) == [0, 48, 120, 192]  # of 194 frames at 24 a second: 9 candidates
     assert [picture.size for picture in test.thumbnails(2)] == [(32, 32)] * 2  # WebM, 40 frames
 
 
