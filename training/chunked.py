@@ -124,7 +124,7 @@ class _Cache:
         """Join the pieces; of a scalar and of a basis, which are the same in each chunk, the last is taken."""
         for key, pieces in self.pieces.items():
             last = pieces[max(pieces)]
-            leaf = last.clone() if _shared(key, last) else torch.cat(list(pieces.values()))
+            leaf = (last if _shared(key, last) else torch.cat(list(pieces.values()))).detach().clone()
             self.leaves[key] = leaf.requires_grad_(leaf.is_floating_point())
 
     @property

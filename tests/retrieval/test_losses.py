@@ -63,7 +63,7 @@ def test_a_pair_that_is_not_valid_is_as_if_it_were_not_there(loss: Any, epoch: f
             outputs[side].requires_grad_()
     (value,) = loss(whole | {"valid": kept}, epoch).values()
     (expected,) = loss({side: tensor[kept] for side, tensor in less.items()}, epoch).values()
-    assert float(value) == pytest.approx(float(expected), rel=1e-12)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     value.backward()
     expected.backward()
     for side in ("visual", "text"):
@@ -77,7 +77,7 @@ def test_a_batch_of_one_valid_pair_or_none_has_no_loss(loss: Any, valid: list[bo
     outputs = {side: torch.randn(2, 4, requires_grad=True) for side in ("visual", "text")}
     (value,) = loss(outputs | {"valid": torch.tensor(valid)}, 1.0).values()
     value.backward()
-    assert float(value) == pytest.approx(0, abs=1e-6)
+    assert value.item() == pytest.approx(0, abs=1e-6)
     assert all(outputs[side].grad.abs().max() < 1e-5 for side in outputs)
 
 

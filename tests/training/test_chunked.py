@@ -153,6 +153,32 @@ def test_the_graph_of_one_chunk_at_a_time() -> None:
     assert kept(1) < 0.5 * kept(5)
 
 
+def test_in_distributed_data_parallel_gradients_are_averaged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another process that has three times our gradients, and one for a parameter that has none here."""
+
+    def all_reduce(tensor: Tensor) -> None:
+        tensor += torch.where(tensor == 0, 1.0, 3 * tensor)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+
+    class Wrapped(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module, sync: bool) -> None:
+            nn.Module.__init__(self)
+            self.module, self.require_backward_grad_sync = module, sync
+
+    alone, wrapped, later = model_of(), model_of(), model_of()
+    for model in (alone, wrapped, later):
+        model.idle = nn.Parameter(torch.zeros(2).double())
+    chunked_backward(alone, batch(), 2, lambda o, s: total(o, s, None))
+    chunked_backward(Wrapped(wrapped, sync=True), batch(), 2, lambda o, s: total(o, s, None))
+    chunked_backward(Wrapped(later, sync=False), batch(), 2, lambda o, s: total(o, s, None))
+    for name, gradient in gradients(alone).items():
+        torch.testing.assert_close(gradients(wrapped)[name], gradient * 4 / 2)
+        torch.testing.assert_close(gradients(later)[name], gradient)  # of accumulated batches the last one averages
+    assert torch.equal(wrapped.idle.grad, torch.full((2,), 0.5).double()) and later.idle.grad is None
+
+
 def test_through_the_trainer_a_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoBatchNorm(tiny.Model):
         def __init__(self) -> None:
