@@ -40,6 +40,8 @@ class VSEInfinityConfig:
         hidden_dim: hidden width of the region encoder's MLP.
         text_projection: whether a linear map takes BERT's hidden states to `embed_dim`. False: they have that width
             themselves, as behind LST and UniPT with `output_dim`, whose last map takes its place (prior work).
+        text_buckets: groups of similar length in which the sentences of a batch go through BERT, each padded to its own
+            longest: the same outputs, and less work on padding.
         padding_in_statistics: whether the zero rows that pad a batch count in the batch norm's statistics, as in the
             published code.
     """
@@ -47,7 +49,12 @@ class VSEInfinityConfig:
     embed_dim: int = 1024
     hidden_dim: int = 512
     text_projection: bool = True
+    text_buckets: int = 1
     padding_in_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text_buckets < 1:
+            raise ValueError(f"model.text_buckets is {self.text_buckets}; expected at least 1, which is no grouping")
 
 
 class RegionEncoder(nn.Module):
@@ -94,12 +101,23 @@ class TextEncoder(nn.Module):
 
     def __init__(self, bert: nn.Module, config: VSEInfinityConfig) -> None:
         super().__init__()
-        self.bert = bert
+        self.bert, self.buckets = bert, config.text_buckets
         self.width = cast(Any, bert.config).hidden_size if config.text_projection else config.embed_dim
         self.linear = nn.Linear(self.width, config.embed_dim) if config.text_projection else nn.Identity()
         self.pool = GPO()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        lengths = attention_mask.sum(dim=1)
+        groups = by_length(lengths, self.buckets)
+        if len(groups) == 1:
+            return self._encode(input_ids, attention_mask, lengths)
+        rows = []
+        for group in groups:
+            longest = int(lengths[group].max())
+            rows.append(self._encode(input_ids[group, :longest], attention_mask[group, :longest], lengths[group]))
+        return torch.cat(rows)[torch.cat(groups).argsort()]
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, lengths: Tensor) -> Tensor:
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if (came := hidden.shape[-1]) != self.width:
             mend = (
@@ -109,7 +127,22 @@ class TextEncoder(nn.Module):
                 "model.text_projection=true"
             )
             raise ValueError(f"the text encoder puts out {came} channels, but the head takes {self.width}: {mend}")
-        return F.normalize(self.pool(self.linear(hidden), attention_mask.sum(dim=1)), dim=-1)
+        return F.normalize(self.pool(self.linear(hidden), lengths), dim=-1)
+
+
+def by_length(lengths: Tensor, buckets: int) -> list[Tensor]:
+    """Rows of a padded batch in at most `buckets` groups of similar length, shortest first; all in one where a tenth of
+    the positions, padding included, would not be saved.
+
+    Args:
+        lengths: (B,) of the sentences.
+        buckets: groups of equal size, but for a rest.
+    """
+    groups = list(lengths.argsort(stable=True).chunk(buckets))
+    positions = sum(len(group) * int(lengths[group[-1]]) for group in groups)
+    if positions > 0.9 * len(lengths) * int(lengths.max()):
+        return [torch.arange(len(lengths), device=lengths.device)]
+    return groups
 
 
 class VSEInfinity(RetrievalModel):

@@ -68,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--tiny", action="store_true", help="two blocks of each backbone, to try it out")
     add("--output", type=Path, default=DOCS, help="folder for adapters.md and adapters.json")
     add = subjects.add_parser(
+        "training",
+        help="a training step of VSE-infinity's text side: LoRA, full fine-tuning, buckets of similar length",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("--batch", type=int, default=32, help="sentences in a step")
+    add("--pairs", type=int, default=15, help="pairs of steps for each ratio")
+    add("--threads", type=int, default=torch.get_num_threads(), help="compute threads")
+    add("--tiny", action="store_true", help="two layers of BERT, to try it out")
+    add("--output", type=Path, default=DOCS, help="folder for training.md and training.json")
+    add = subjects.add_parser(
         "parameters",
         help="trained parameters of the paper's tables, ours beside the paper's",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

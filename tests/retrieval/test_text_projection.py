@@ -43,7 +43,9 @@ def test_without_such_an_adapter_the_width_is_missing(monkeypatch: pytest.Monkey
     """Where the experiment is put together, before anything trains."""
     monkeypatch.setattr(assemble, "DATASETS", {"none": lambda root, split: SimpleNamespace(captions=[])})
     monkeypatch.setattr(assemble, "build_model", lambda *_: (vse(text_projection=False), None))
-    experiment = SimpleNamespace(data="none", root=None, data_options={}, seed=0, model={}, cache=None, adapter=LoRA())
+    experiment = SimpleNamespace(
+        data="none", root=None, data_options={}, seed=0, model={}, cache=None, adapter=LoRA(), augmentation=None
+    )
     with pytest.raises(ValueError, match=r"puts out 16 channels, but the head takes 20: .*adapter\.output_dim=20"):
         assemble.assemble(experiment)
 
