@@ -83,7 +83,7 @@ class _Worker:
     """A process that calls `function` on what it is sent."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        context = _context()
+        context = _context(function)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
         self.process.start()
@@ -121,12 +121,15 @@ class _Worker:
         self.connection.close()
 
 
-def _context() -> Any:
-    """How processes are started: not forked from this one, whose other threads may hold locks just then."""
+def _context(function: Callable[[Any], Any]) -> Any:
+    """How processes are started: not forked from this one, whose other threads may hold locks just then.
+
+    They are forked from a server that has imported the function's module, and torch with it, once for all of them.
+    """
     if "forkserver" not in get_all_start_methods():  # Windows
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the package, and torch with it, is imported once for all processes
+    context.set_forkserver_preload([__name__, getattr(function, "func", function).__module__])  # func: of a partial
     return context
 
 

@@ -19,14 +19,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-from command_line import launch
-
-from retrieval.data import DATASETS
-from training import choose_hardware
+# More is imported in the functions: each process that reads videos imports this file too.
 
 
 def main(config: dict[str, Any]) -> None:
+    import torch
+
+    from retrieval.data import DATASETS
+    from training import choose_hardware
+
     torch.set_num_threads(choose_hardware(precision="float32").threads)
     root, start = Path(config["root"]), perf_counter()
     DATASETS[config["data"]["name"]].prepare(root, root / "cache", **config["data"]["prepare"])
@@ -34,6 +35,8 @@ def main(config: dict[str, Any]) -> None:
 
 
 def verify(config: dict[str, Any]) -> None:
+    from retrieval.data import DATASETS
+
     prepare = config["data"]["prepare"]
     options = {key: value for key, value in config["data"].items() if key not in ("name", "prepare")}
     options |= {key: prepare[key] for key in ("workers", "time_limit") if key in prepare}
@@ -46,4 +49,8 @@ def verify(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from command_line import launch
+
+    from retrieval.data import DATASETS
+
     launch(main, "prepare_data", __doc__ or "", choices={"data": DATASETS}, words={"verify": verify})
