@@ -13,7 +13,7 @@ from adapters import adapter_parameters, save
 from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
-from retrieval.assemble import assemble
+from retrieval.assemble import assemble, check_recipe
 from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
@@ -46,6 +46,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
 
     with clock(run, "load data and encoders"):
         splits, model, captions = assemble(experiment)
+        check_recipe(experiment, model, captions["train"])
     run.begin(config)
     if experiment.start_from:
         run.adopt_stage(experiment.recipe.stages[0].name, experiment.start_from, config)
