@@ -18,6 +18,7 @@ from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
+from retrieval.gather import rank
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, Stage, run_stages
@@ -92,7 +93,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
             after_stage=after_stage,
         )
-    save(model, run.path / "adapter.safetensors")
+    if rank() == 0:
+        save(model, run.path / "adapter.safetensors")
 
     with clock(run, "evaluate"):
         metrics: dict[str, Any] = {

@@ -99,7 +99,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # every process of a training may write it
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
         return path
