@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -28,7 +27,6 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], Retri
     splits = {split: dataset(experiment.root, split, **experiment.data_options) for split in SPLITS}
     set_seed(experiment.seed)  # the first values of the heads and of the adapter
     model, tokenizer = build_model(experiment.model, splits["train"], experiment.cache)
-    check_together(experiment, model, tokenizer)
     inject(model, experiment.adapter, train=model.heads)
     with torch.no_grad():
         token = torch.ones(1, 1, dtype=torch.long)
@@ -37,14 +35,14 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], Retri
     return splits, model, captions
 
 
-def check_together(experiment: Experiment, model: RetrievalModel, tokenizer: Any) -> None:
+def check_recipe(experiment: Experiment, model: RetrievalModel, captions: Captions) -> None:
     """Raise ValueError for a recipe that this model cannot be trained with."""
     if model.pair_scores is not None and experiment.recipe.chunk_size is not None:
         raise ValueError(
             "trainer.chunk_size needs a loss of separate embeddings, but model.head=tightTransf compares sentence and "
             "clip inside the model; use trainer.chunk_size=null or another head"
         )
-    if experiment.augmentation and experiment.augmentation.change_words and tokenizer.mask_token_id is None:
+    if experiment.augmentation and experiment.augmentation.change_words and captions.mask_id is None:
         raise ValueError("CLIP's tokenizer has no mask token to augment words with; use trainer.augmentation=null")
 
 

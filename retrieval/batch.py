@@ -52,7 +52,7 @@ class Captions:
         encoded = tokenizer(list(captions), truncation=max_length is not None, max_length=max_length)
         self.ids: list[list[int]] = encoded["input_ids"]
         self.words: list[list[int | None]] = [encoded.word_ids(i) for i in range(len(self.ids))]
-        self.mask_id: int = tokenizer.mask_token_id
+        self.mask_id: int = tokenizer.mask_token_id  # None of CLIP's, whose words are not augmented
         self.vocabulary = len(tokenizer)
 
     def augmented(

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64  # channels of one attention head, as in CLIP
-OPEN_CLIP = {  # our names -> those of open_clip's `ResidualAttentionBlock`
-    "ln_1": "ln_1",
+OPEN_CLIP = {  # our layers -> what stands before "weight" and "bias" in open_clip's `ResidualAttentionBlock`
+    "ln_1": "ln_1.",
     "qkv": "attn.in_proj_",
-    "out": "attn.out_proj",
-    "ln_2": "ln_2",
-    "expand": "mlp.c_fc",
-    "contract": "mlp.c_proj",
+    "out": "attn.out_proj.",
+    "ln_2": "ln_2.",
+    "expand": "mlp.c_fc.",
+    "contract": "mlp.c_proj.",
 }
 
 
@@ -56,14 +56,13 @@ class HeadBlock(nn.Module):
         return hidden + self.contract(quick_gelu(self.expand(self.ln_2(hidden))))
 
     def from_open_clip(self, block: nn.Module) -> None:
-        """Copy the weights of open_clip's `ResidualAttentionBlock` where they have the same shapes."""
-        theirs = block.state_dict()
+        """Copy the weights of open_clip's `ResidualAttentionBlock`, if all have the same shapes."""
+        theirs, own = block.state_dict(), self.state_dict()
         weights = {}
-        for name in self.state_dict():
+        for name in own:
             layer, _, kind = name.rpartition(".")
-            separator = "" if OPEN_CLIP[layer].endswith("_") else "."
-            weights[name] = theirs.get(f"{OPEN_CLIP[layer]}{separator}{kind}")
-        if all(value is not None and value.shape == self.state_dict()[name].shape for name, value in weights.items()):
+            weights[name] = theirs.get(OPEN_CLIP[layer] + kind)
+        if all(value is not None and value.shape == own[name].shape for name, value in weights.items()):
             self.load_state_dict(weights)
 
 

@@ -69,6 +69,7 @@ def clip4clip(
     from retrieval.clip_tokenizer import ClipTokenizer
     from retrieval.clip_towers import embedded_clip, open_clip_tower
 
+    tokenizer: Any
     if towers == "embedded":
         if weights is not None or projections != "head":
             raise ValueError(

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -126,9 +126,9 @@ def _read_objects(data: bytes) -> Any:
         elif name == "MARK":
             stack.append(_MARK)
         elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[int(argument)] = stack[-1]
+            memo[cast(int, argument)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[cast(int, argument)])
         elif name == "EMPTY_DICT":
             stack.append({})
         elif name == "EMPTY_LIST":
@@ -154,7 +154,7 @@ def _read_objects(data: bytes) -> Any:
             del stack[-2:]
             stack[-1][key] = value
         elif name == "GLOBAL":
-            stack.append(_Name(argument))
+            stack.append(_Name(cast(str, argument)))
         elif name == "BINPERSID":
             stack.append(_Storage(stack.pop()))
         elif name == "REDUCE":

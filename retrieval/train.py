@@ -13,11 +13,12 @@ from adapters import adapter_parameters, save
 from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
-from retrieval.assemble import assemble
+from retrieval.assemble import assemble, check_recipe
 from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
+from retrieval.gather import rank
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, Stage, run_stages
@@ -46,6 +47,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
 
     with clock(run, "load data and encoders"):
         splits, model, captions = assemble(experiment)
+        check_recipe(experiment, model, captions["train"])
     run.begin(config)
     if experiment.start_from:
         run.adopt_stage(experiment.recipe.stages[0].name, experiment.start_from, config)
@@ -91,7 +93,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
             after_stage=after_stage,
         )
-    save(model, run.path / "adapter.safetensors")
+    if rank() == 0:
+        save(model, run.path / "adapter.safetensors")
 
     with clock(run, "evaluate"):
         metrics: dict[str, Any] = {

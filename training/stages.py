@@ -164,9 +164,10 @@ def run_stages(
             trainer.add_callback(_WriteLog(run, list(records), stage.name))
             checkpoint = latest_checkpoint(folder)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            save(model, folder / WEIGHTS)
             history = trainer.state.log_history
-            run.write_json(f"checkpoints/{stage.name}/history.json", history)
+            if trainer.is_world_process_zero():
+                save(model, folder / WEIGHTS)
+                run.write_json(f"checkpoints/{stage.name}/history.json", history)
         else:
             load(model, folder / WEIGHTS)
         records += _log_records(stage.name, history)

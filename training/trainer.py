@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         self.objective = objective
         self.evaluator, self.first_epoch, self.chunk_size = evaluator, first_epoch, chunk_size
         if chunk_size is not None:
-            check_chunkable(self.model)
+            check_chunkable(cast(nn.Module, self.model))
         self.add_callback(_Epochs(self.train_dataset, first_epoch, evaluate_every))
         self.add_callback(_AfterStep(later_stage=first_epoch > 0))
 

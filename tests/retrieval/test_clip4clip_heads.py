@@ -11,7 +11,7 @@ from small_clip import away_from_zero, clips, sentences, small_clip, torchs_laye
 from torch import nn
 from torch.nn import functional as F
 
-from adapters import LoRA, adapter_parameters, inject
+from adapters import Full, LoRA, adapter_parameters, inject
 from retrieval import tight_transformer
 from retrieval.clip4clip import CLIP4Clip
 from retrieval.evaluate import Encoded
@@ -92,7 +92,7 @@ def test_tight_transformer_is_a_transformer_over_each_pair(monkeypatch: pytest.M
             pooled = model.pool.weight @ first + model.pool.bias
             pooled = pooled / (1 + torch.exp(-1.702 * pooled))
             expected = model.score.weight[0] @ pooled + model.score.bias[0]
-            assert float(scores[i, j]) == pytest.approx(float(expected), rel=1e-4, abs=1e-4)
+            assert scores[i, j].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
 
 
 def test_tight_transformer_trains_in_blocks_with_the_gradients_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +166,16 @@ def test_an_adapter_goes_into_the_towers_and_keeps_its_learning_rate(clip: nn.Mo
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rate_of[id(parameter)] == (1e-4 if name in own else 2e-4), name
+
+
+def test_full_fine_tuning_at_clip4clips_rates(clip: nn.Module) -> None:
+    """All that is CLIP's at 1e-7, its projections and logit scale too; what is new at the head's rate."""
+    model = CLIP4Clip(clip, head="seqTransf", projections="backbone")
+    inject(model, Full(), train=model.heads)
+    rates = LearningRates(adapter=1e-4, head=2e-4, backbone=1e-7)
+    rate_of = {id(p): g["lr"] for g in parameter_groups(model, rates, model.heads) for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert rate_of[id(parameter)] == (1e-7 if name.startswith("clip.") else 2e-4), name
 
 
 def test_the_logit_scale_never_exceeds_100(clip: nn.Module) -> None:
