@@ -105,7 +105,7 @@ class _Worker:
         try:
             received = self.connection.recv()
         except (EOFError, OSError) as error:
-            self.process.join()
+            self.process.join(timeout=5)
             if position is None:
                 raise RuntimeError(
                     f"a reading process ended at its start (exit code {self.process.exitcode}); "

@@ -12,7 +12,8 @@ The protocol is 1k-A (Yu et al., ECCV 2018): train on 9,000 videos (or 7,010), t
 A video that cannot be read, because it is missing (a fifth of the addresses are dead), truncated, or audio only, is
 never an exception in the middle of a training. Up to a share of `max_unreadable` of a split, it is left out of the
 training split with its sentences. Validation and test keep it, as an array without frames, so that they are the same
-for everyone. One that is only found out while training, without a cache, gives such an array too.
+for everyone. One that is only found out while training, without a cache, gives such an array too; without a cache there
+is no limit on the time that a file may take either.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from retrieval.reading import Reading
 
 WARM_UP = 2
 SCENE = 5  # seconds between two cuts
-GRAIN = 9.0  # standard deviation of the noise, of 255
+GRAIN = 8.0  # standard deviation of the noise, of 255
 
 
 @dataclass(frozen=True, kw_only=True)

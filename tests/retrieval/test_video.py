@@ -15,6 +15,7 @@ from retrieval.video import BACKENDS, VideoError, frame_indices, read_frames, re
 
 OPEN = {"x264-params": "keyint=24:min-keyint=24:scenecut=0:bframes=3:b-adapt=0:open-gop=1"}
 ALL_KEYS = {"x264-params": "keyint=1"}
+HEVC = {"x265-params": "keyint=24:open-gop=0:bframes=4:log-level=none"}
 VP9 = {"b": "1000000", "deadline": "realtime", "cpu-used": "8"}
 
 
@@ -36,6 +37,8 @@ FILES = {
     "h264, avi": ("clip.avi", {"options": CLOSED}),
     "mpeg4": ("clip.mp4", {"codec": "mpeg4", "options": {"b": "2000000"}}),
     "mpeg4 at 8 fps": ("clip.mp4", {"codec": "mpeg4", "rate": 8, "options": {"b": "2000000"}}),
+    "hevc": ("clip.mp4", {"codec": "libx265", "options": HEVC}),
+    "vp9": ("clip.mp4", {"codec": "libvpx-vp9", "options": VP9}),
     "vp9, webm": ("clip.webm", {"codec": "libvpx-vp9", "options": VP9}),
     "mpeg2, program stream": ("clip.mpg", {"codec": "mpeg2video", "options": {"b": "2000000"}}),
 }
