@@ -59,15 +59,15 @@ def clip4clip(
         data: what it is for.
         cache: folder of the embedded encoders.
         towers: "embedded" (DINOv2 ViT-S/14 and MiniLM composed by open_clip) or an architecture of open_clip.
-        weights: of open_clip's: a local file (see `retrieval.clip_weights`), or "random".
+        weights: of open_clip's: a local file (see `retrieval.clip4clip.weights`), or "random".
         head, max_frames, projections: see `CLIP4Clip`.
         image_size, embed_dim: of the embedded towers. Default: 56 pixels and 256 channels.
 
     Raises:
         ValueError: for settings of the other kind of towers; see also `open_clip_tower`.
     """
-    from retrieval.clip_tokenizer import ClipTokenizer
-    from retrieval.clip_towers import embedded_clip, open_clip_tower
+    from retrieval.clip4clip.tokenizer import ClipTokenizer
+    from retrieval.clip4clip.towers import embedded_clip, open_clip_tower
 
     tokenizer: Any
     if towers == "embedded":

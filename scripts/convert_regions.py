@@ -18,12 +18,12 @@ from pathlib import Path
 
 from command_line import mistakes_in_one_line
 
-from retrieval.data.bottom_up import convert
 from retrieval.data.flickr30k import SOURCE
-from retrieval.data.karpathy import NUMBERS, Karpathy, read_karpathy
-from retrieval.data.pictures import write_mapping
-from retrieval.data.precomputed import write_texts
-from retrieval.data.region_files import refuse_to_replace, to_float16
+from retrieval.regions.bottom_up import convert
+from retrieval.regions.karpathy import NUMBERS, Karpathy, read_karpathy
+from retrieval.regions.pictures import write_mapping
+from retrieval.regions.precomputed import write_texts
+from retrieval.regions.verify import refuse_to_replace, to_float16
 
 
 def main(arguments: list[str] | None = None) -> None:

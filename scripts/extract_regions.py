@@ -19,11 +19,11 @@ import numpy as np
 from command_line import mistakes_in_one_line
 from PIL import Image
 
-from retrieval.data.detector import BoxChoice, describe_detector, faster_rcnn, region_features
-from retrieval.data.extraction import extract
 from retrieval.data.flickr30k import SOURCE
-from retrieval.data.karpathy import NUMBERS, read_karpathy
-from retrieval.data.pictures import inside, write_mapping
+from retrieval.regions.detector import BoxChoice, describe_detector, faster_rcnn, region_features
+from retrieval.regions.extraction import extract
+from retrieval.regions.karpathy import NUMBERS, read_karpathy
+from retrieval.regions.pictures import inside, write_mapping
 
 WIDTH = 1024  # of fc7
 

@@ -93,19 +93,18 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "recipe": Recipe(
             stages=tuple(Stage(name=name, **settings) for name, settings in trainer["stages"].items()),
             rates=LearningRates(**trainer["rates"]),
-            # what runs of earlier versions did not say
-            optimizer=trainer.get("optimizer", "adamw"),
-            schedule=choose("schedule", SCHEDULES, trainer.get("schedule", {"name": "cosine"})),
-            chunk_size=trainer.get("chunk_size"),
+            schedule=choose("schedule", SCHEDULES, trainer["schedule"]),
             **{
                 key: trainer[key]
                 for key in (
                     "batch_size",
+                    "optimizer",
                     "warmup",
                     "max_grad_norm",
                     "selection",
                     "evaluate_every",
                     "restart",
+                    "chunk_size",
                     "workers",
                 )
             },

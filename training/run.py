@@ -18,8 +18,6 @@ import yaml
 
 PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "numpy", "decord", "av", "scikit-learn")
 FINISHED = "metrics.json"
-UNSAID = {"trainer.optimizer": "adamw", "trainer.schedule.name": "cosine", "model.max_frames": 12}
-"""What configurations of earlier versions left out, and meant: their runs go on."""
 
 
 class RunFolder:
@@ -48,7 +46,7 @@ class RunFolder:
         """Raise ValueError if the folder was begun with another configuration; the message names what differs."""
         path = self.path / "config.yaml"
         if path.is_file():
-            earlier, now = UNSAID | flatten(yaml.safe_load(path.read_text())), UNSAID | flatten(config)
+            earlier, now = flatten(yaml.safe_load(path.read_text())), flatten(config)
             different = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
             if different:
                 changes = ", ".join(f"{key}: {earlier.get(key)!r} then, {now.get(key)!r} now" for key in different)
@@ -82,8 +80,8 @@ class RunFolder:
             raise FileNotFoundError(f"start_from={source}: expected a run folder that has finished its stage {stage!r}")
         later = tuple(f"trainer.stages.{name}." for name in config["trainer"]["stages"] if name != stage)
         free = ("regularizer.", "start_from", "runs", *later)
-        earlier = UNSAID | flatten(yaml.safe_load((source / "config.yaml").read_text()))
-        now = UNSAID | flatten(config)
+        earlier = flatten(yaml.safe_load((source / "config.yaml").read_text()))
+        now = flatten(config)
         keys = [key for key in sorted(earlier.keys() | now.keys()) if not key.startswith(free)]
         if different := [key for key in keys if earlier.get(key) != now.get(key)]:
             changes = ", ".join(f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} here" for key in different)

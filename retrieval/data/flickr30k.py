@@ -1,4 +1,4 @@
-"""Flickr30K and COCO as region features in the published files (see `retrieval.data.precomputed`).
+"""Flickr30K and COCO as region features in the published files (see `retrieval.regions.precomputed`).
 
 The features that VSE-infinity's numbers are made from are bottom-up attention's, 36 boxes of 2,048 numbers an image.
 They are not ours to hand on and no host of theirs is certain to stay, so nothing is downloaded here: `SOURCES` says
@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from retrieval.data.dataset import SPLITS, fingerprint
-from retrieval.data.pictures import find_picture, placeholder, read_mapping
-from retrieval.data.precomputed import read_precomputed
-from retrieval.data.ragged import Ragged
-from retrieval.data.region_files import verify_regions
 from retrieval.data.verification import Verification
+from retrieval.regions.pictures import find_picture, placeholder, read_mapping
+from retrieval.regions.precomputed import read_precomputed
+from retrieval.regions.ragged import Ragged
+from retrieval.regions.verify import verify_regions
 
 COUNTS = ("published", "any")
 SAMPLES = 64  # images whose features enter the fingerprint

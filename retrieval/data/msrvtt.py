@@ -7,7 +7,7 @@ The protocol is 1k-A (Yu et al., ECCV 2018): train on 9,000 videos (or 7,010), t
   its checkpoints on the test split; ``validation="test"`` does that, and a run's record says so.
 - "Expanded sentences" of prior code, an item for each sentence, are trainer.pairing=caption here; without them, a
   random sentence of each video in every epoch, is trainer.pairing=image.
-- Frames come from the frame cache (`retrieval.frame_cache`) where it holds them; ``prepare`` writes it.
+- Frames come from the frame cache (`retrieval.video.cache`) where it holds them; ``prepare`` writes it.
 
 A video that cannot be read, because it is missing (a fifth of the addresses are dead), truncated, or audio only, is
 never an exception in the middle of a training. Up to a share of `max_unreadable` of a split, it is left out of the
@@ -29,14 +29,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from retrieval.cache_writer import TIME_LIMIT, size_and_digest, write_cache
 from retrieval.data.dataset import SPLITS, fingerprint
 from retrieval.data.msrvtt_options import MSRVTTOptions
 from retrieval.data.msrvtt_tables import DATA_FILE, TEST_FILE, check_files, find_videos, train_file
 from retrieval.data.msrvtt_verify import verify_msrvtt
 from retrieval.data.verification import Verification
-from retrieval.frame_cache import CacheFiles, FrameCache, named
 from retrieval.video import VideoError
+from retrieval.video.cache import CacheFiles, FrameCache, named
+from retrieval.video.cache_writer import TIME_LIMIT, size_and_digest, write_cache
 
 
 class MSRVTT:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from retrieval.data.msrvtt_tables import carve_validation, one_caption_each, read_test, read_train, train_file
-from retrieval.reading import Reading
+from retrieval.video.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from retrieval.cache_writer import TIME_LIMIT, cores
 from retrieval.data.msrvtt_options import MSRVTTOptions
 from retrieval.data.msrvtt_tables import (
     DATA_FILE,
@@ -22,9 +21,10 @@ from retrieval.data.msrvtt_tables import (
     train_file,
 )
 from retrieval.data.verification import SplitCount, Verification
-from retrieval.frame_cache import CacheFiles, FrameCache
-from retrieval.reading import Reading, problem_of
-from retrieval.timed import Failure, timed_map
+from retrieval.video.cache import CacheFiles, FrameCache
+from retrieval.video.cache_writer import TIME_LIMIT, cores
+from retrieval.video.reading import Reading, problem_of
+from retrieval.video.timed import Failure, timed_map
 
 
 def verify_msrvtt(

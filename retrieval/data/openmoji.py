@@ -5,7 +5,7 @@ a model must know things, colours, sizes and places to find the right picture. E
 in one only. Chance is a Rsum of about 6 of 600 on the test split. Artwork and names are made by people, composition
 and sentences are synthetic.
 
-Prepared folder ``<root>/openmoji/``: region features and captions in the format of `retrieval.data.precomputed`,
+Prepared folder ``<root>/openmoji/``: region features and captions in the format of `retrieval.regions.precomputed`,
 ``pictures/{split}/*.png``, ``{split}_scenes.json`` (what was drawn), ``pca.npz`` and ``manifest.json``.
 """
 
@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from retrieval.data.dataset import SPLITS, check_prepared, fingerprint, make_once
 from retrieval.data.embedded_verify import verify_embedded
 from retrieval.data.emoji_concepts import concepts
-from retrieval.data.precomputed import CAPTIONS_PER_IMAGE, read_precomputed, write_precomputed
-from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import Scene, describe, draw, sample_scenes
 from retrieval.data.verification import Verification
+from retrieval.regions.grid_cells import fit_pca, project, region_features
+from retrieval.regions.precomputed import CAPTIONS_PER_IMAGE, read_precomputed, write_precomputed
 from training.encoders import efficientnet_lite0
 
 ARTWORK = "OpenMoji, CC BY-SA 4.0; so are these pictures. See ATTRIBUTION.md of resora"

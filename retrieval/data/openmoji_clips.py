@@ -25,17 +25,17 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from retrieval.cache_writer import write_cache
 from retrieval.data.dataset import SPLITS, check_prepared, fingerprint, make_once
 from retrieval.data.embedded_verify import verify_embedded
 from retrieval.data.emoji_concepts import concepts, render, with_article
 from retrieval.data.motions import MOTIONS, animate, describe
 from retrieval.data.scenes import COLOURS
 from retrieval.data.verification import Verification
-from retrieval.frame_cache import CacheFiles, FrameCache, named
-from retrieval.reading import Reading
-from retrieval.timeline import VideoError, timeline
 from retrieval.video import read_frames
+from retrieval.video.cache import CacheFiles, FrameCache, named
+from retrieval.video.cache_writer import write_cache
+from retrieval.video.reading import Reading
+from retrieval.video.timeline import VideoError, timeline
 
 ARTWORK = "OpenMoji, CC BY-SA 4.0; so are these clips. See ATTRIBUTION.md of resora"
 LENGTH = 16  # frames
@@ -51,7 +51,7 @@ class OpenMojiClips:
         split: "train", "validation" or "test".
         frames: how many of a clip's 16 frames to read, evenly spaced from the first to the last.
         size: side in pixels that they are resized to, or None for the 112 of the files.
-        cache: whether to decode each clip once, into ``<root>/openmoji_clips/frames/``; see `retrieval.frame_cache`.
+        cache: whether to decode each clip once, into ``<root>/openmoji_clips/frames/``; see `retrieval.video.cache`.
 
     Raises:
         FileNotFoundError: the data are not prepared; the message says how to.

@@ -23,10 +23,10 @@ from benchmarks.machine import described
 from benchmarks.measure import paired_ratios
 from benchmarks.prior_video import MEAN, STD, WAYS, prior_clip
 from benchmarks.video_page import page
-from retrieval.cache_writer import write_cache
 from retrieval.clip4clip import normalise_frames
-from retrieval.frame_cache import CacheFiles, FrameCache
-from retrieval.reading import Reading
+from retrieval.video.cache import CacheFiles, FrameCache
+from retrieval.video.cache_writer import write_cache
+from retrieval.video.reading import Reading
 
 WARM_UP = 2
 SCENE = 5  # seconds between two cuts

@@ -15,8 +15,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from retrieval.clip_towers import open_clip_tower
-from retrieval.head_block import HeadBlock, quick_gelu
+from retrieval.clip4clip.head_block import HeadBlock, quick_gelu
+from retrieval.clip4clip.towers import open_clip_tower
 
 SIZES: dict[str, Any] = {
     "embed_dim": 64,

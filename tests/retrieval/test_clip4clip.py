@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from retrieval.clip4clip import CLIP4Clip, normalise_frames
-from retrieval.clip_towers import cut_context, embedded_clip, open_clip_tower
+from retrieval.clip4clip.towers import cut_context, embedded_clip, open_clip_tower
 
 HEADS = ["meanP", "seqLSTM", "seqTransf"]
 

@@ -12,13 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from adapters import Full, LoRA, adapter_parameters, inject
-from retrieval import tight_transformer
-from retrieval.clip4clip import CLIP4Clip
+from retrieval.clip4clip import CLIP4Clip, tight_transformer
+from retrieval.clip4clip.frame_lstm import FrameLSTM
+from retrieval.clip4clip.frame_transformer import FrameTransformer
+from retrieval.clip4clip.head_block import HeadBlock
+from retrieval.clip4clip.tight_transformer import TightTransformer
 from retrieval.evaluate import Encoded
-from retrieval.frame_lstm import FrameLSTM
-from retrieval.frame_transformer import FrameTransformer
-from retrieval.head_block import HeadBlock
-from retrieval.tight_transformer import TightTransformer
 from training.optimizers import LearningRates, parameter_groups
 
 

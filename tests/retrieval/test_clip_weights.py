@@ -15,10 +15,10 @@ from small_clip import registered, small_clip
 from torch import Tensor, nn
 
 from retrieval.batch import Captions, collate_text
-from retrieval.clip_tokenizer import ClipTokenizer
-from retrieval.clip_towers import open_clip_tower
+from retrieval.clip4clip.tokenizer import ClipTokenizer
+from retrieval.clip4clip.torchscript_archive import read_torchscript
+from retrieval.clip4clip.towers import open_clip_tower
 from retrieval.models import clip4clip
-from retrieval.torchscript_archive import read_torchscript
 
 NUMBERS = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
 

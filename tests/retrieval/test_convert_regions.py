@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval.data.bottom_up import convert
-from retrieval.data.karpathy import read_karpathy
-from retrieval.data.precomputed import read_precomputed
-from retrieval.data.region_files import to_float16
+from retrieval.regions.bottom_up import convert
+from retrieval.regions.karpathy import read_karpathy
+from retrieval.regions.precomputed import read_precomputed
+from retrieval.regions.verify import to_float16
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import convert_regions

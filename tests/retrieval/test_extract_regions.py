@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from retrieval.data.detector import BoxChoice, best_first, faster_rcnn, read_weights, region_features
-from retrieval.data.extraction import extract
-from retrieval.data.karpathy import Described
-from retrieval.data.precomputed import read_precomputed
+from retrieval.regions.detector import BoxChoice, best_first, faster_rcnn, read_weights, region_features
+from retrieval.regions.extraction import extract
+from retrieval.regions.karpathy import Described
+from retrieval.regions.precomputed import read_precomputed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import extract_regions

@@ -14,11 +14,11 @@ import pytest
 from filelock import FileLock
 from video_files import BAD_FILES, CLOSED, encode, numbers
 
-import retrieval.cache_writer as writer
-from retrieval.cache_writer import write_cache
-from retrieval.frame_cache import CacheFiles, FrameCache, read_journal
-from retrieval.reading import Reading
+import retrieval.video.cache_writer as writer
 from retrieval.video import read_frames
+from retrieval.video.cache import CacheFiles, FrameCache, read_journal
+from retrieval.video.cache_writer import write_cache
+from retrieval.video.reading import Reading
 
 READING = Reading(frames=4, frames_per_second=1.0, size=32)
 

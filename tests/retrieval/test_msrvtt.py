@@ -15,7 +15,7 @@ from video_files import CLOSED, audio_only, encode, numbers
 from retrieval.batch import Captions, TrainingPairs
 from retrieval.data import MSRVTT, SPLITS
 from retrieval.data.msrvtt_tables import carve_validation, check_count
-from retrieval.reading import Reading
+from retrieval.video.reading import Reading
 
 TRAIN = [f"video{number}" for number in (3, 1, 0, 2, 7, 5)]
 TEST = ["video7020", "video9975", "video8000"]

@@ -13,9 +13,9 @@ import torch
 from retrieval.data import SPLITS
 from retrieval.data.emoji_concepts import GROUPS, concepts, is_plural, render, with_article
 from retrieval.data.openmoji import OpenMojiScenes
-from retrieval.data.precomputed import write_precomputed
-from retrieval.data.regions import fit_pca, project, region_features
 from retrieval.data.scenes import OPPOSITE, SIDES, Scene, describe, draw, sample_scenes
+from retrieval.regions.grid_cells import fit_pca, project, region_features
+from retrieval.regions.precomputed import write_precomputed
 from training.encoders import efficientnet_lite0
 
 TINY = {"scenes": (10, 3, 2), "size": 192, "seed": 1}

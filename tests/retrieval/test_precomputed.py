@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from region_folders import features_of, write_split
 
-from retrieval.data.feature_file import FeatureFile
-from retrieval.data.precomputed import read_precomputed, write_precomputed
-from retrieval.data.ragged import Ragged
+from retrieval.regions.feature_file import FeatureFile
+from retrieval.regions.precomputed import read_precomputed, write_precomputed
+from retrieval.regions.ragged import Ragged
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval.timed import Failure, timed_map
+from retrieval.video.timed import Failure, timed_map
 
 
 def act(value: str) -> str:

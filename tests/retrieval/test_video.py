@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from video_files import BAD_FILES, CLOSED, SIDE, encode, numbers
 
-from retrieval.timeline import timeline
 from retrieval.video import BACKENDS, VideoError, frame_indices, read_frames, resize_and_crop
+from retrieval.video.timeline import timeline
 
 OPEN = {"x264-params": "keyint=24:min-keyint=24:scenecut=0:bframes=3:b-adapt=0:open-gop=1"}
 ALL_KEYS = {"x264-params": "keyint=1"}

@@ -53,16 +53,6 @@ def test_a_run_refuses_another_configuration_and_a_path_out_of_its_root(tmp_path
     assert not (run.path / "bad.json").exists()
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
-    """What it did not say is what it meant."""
-    run = RunFolder(tmp_path)
-    run.begin({"seed": 0, "trainer": {"warmup": 0.1}})
-    now = {"seed": 0, "trainer": {"warmup": 0.1, "optimizer": "adamw", "schedule": {"name": "cosine"}}}
-    run.check(now)
-    with pytest.raises(ValueError, match=r"trainer\.optimizer: 'adamw' then, 'bert_adam' now"):
-        run.check(now | {"trainer": now["trainer"] | {"optimizer": "bert_adam"}})
-
-
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step, complete in ((5, True), (10, True), (100, False)):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retrieval.data.precomputed import CAPTIONS_PER_IMAGE
+from retrieval.regions.precomputed import CAPTIONS_PER_IMAGE
 
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}  # theirs -> that of the feature files
 NUMBERS = ("imgid", "cocoid", "filename")

@@ -1,4 +1,4 @@
-"""Bottom-up attention's feature files (Anderson et al., CVPR 2018) -> the format of `retrieval.data.precomputed`.
+"""Bottom-up attention's feature files (Anderson et al., CVPR 2018) -> the format of `retrieval.regions.precomputed`.
 
 A line is an image: image_id, image_w, image_h, num_boxes, boxes and features, tab separated, the last two little-endian
 float32 in base64. Such a file has 25 GB for Flickr30K, in no particular order, so it is read twice: first for the
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from retrieval.data.feature_file import FeatureFile
+from retrieval.regions.feature_file import FeatureFile
 
 COLUMNS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 LONGEST_FIELD = 1 << 28  # characters; the module's own limit is 131,072, and 36 boxes need 393,216

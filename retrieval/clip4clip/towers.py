@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import adapters  # noqa: F401  (makes timm and open_clip importable beside a CPU-only torch)
-from retrieval.clip_weights import load_clip_weights
+from retrieval.clip4clip.weights import load_clip_weights
 from training.encoders import dinov2_small, minilm_folder
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def open_clip_tower(
 
     Args:
         name: an architecture of `open_clip.list_models()`. OpenAI's weights need a name that ends in "-quickgelu".
-        weights: a local file (see `retrieval.clip_weights`), or None for random weights.
+        weights: a local file (see `retrieval.clip4clip.weights`), or None for random weights.
         context_length: tokens of a sentence. Later positions are cut off, as CLIP4Clip does (it takes 32 of 77).
 
     Raises:

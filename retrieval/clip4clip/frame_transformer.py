@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from retrieval.head_block import HeadBlock, initialise, start_from_text
+from retrieval.clip4clip.head_block import HeadBlock, initialise, start_from_text
 
 
 class FrameTransformer(nn.Module):
@@ -50,7 +50,7 @@ class FrameTransformer(nn.Module):
         return frames + hidden
 
     def start_from_text(self, text: nn.Module) -> None:
-        """See `retrieval.head_block.start_from_text`."""
+        """See `retrieval.clip4clip.head_block.start_from_text`."""
         start_from_text(text, self.positions, self.blocks)
 
 

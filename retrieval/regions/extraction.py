@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from retrieval.data.bottom_up import save_offsets
-from retrieval.data.feature_file import FeatureFile
-from retrieval.data.karpathy import Described
-from retrieval.data.pictures import inside
-from retrieval.data.precomputed import write_texts
+from retrieval.regions.bottom_up import save_offsets
+from retrieval.regions.feature_file import FeatureFile
+from retrieval.regions.karpathy import Described
+from retrieval.regions.pictures import inside
+from retrieval.regions.precomputed import write_texts
 
 
 class Unreadable(NamedTuple):

@@ -5,7 +5,7 @@
     output = model(frames, frame_mask, input_ids)          # {"visual": (B, D), "text": (B, D), "logit_scale": (), ...}
     scores = output["logit_scale"] * output["text"] @ output["visual"].T               # (texts, clips)
 
-The towers come from `retrieval.clip_towers`.
+The towers come from `retrieval.clip4clip.towers`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.frame_lstm import FrameLSTM
-from retrieval.frame_transformer import FrameTransformer, check_length
+from retrieval.clip4clip.frame_lstm import FrameLSTM
+from retrieval.clip4clip.frame_transformer import FrameTransformer, check_length
+from retrieval.clip4clip.tight_transformer import TightTransformer
 from retrieval.gather import gather
 from retrieval.model import RetrievalModel
-from retrieval.tight_transformer import TightTransformer
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 PROJECTIONS = ("head", "backbone")

@@ -4,7 +4,7 @@
 |---|---|
 | .safetensors with open_clip's keys, or OpenAI's | safetensors |
 | .pt, .pth, .bin: a state dict, or a checkpoint of open_clip's training | torch.load(weights_only=True) |
-| .pt: OpenAI's TorchScript archive (ViT-B-32.pt) | `retrieval.torchscript_archive` |
+| .pt: OpenAI's TorchScript archive (ViT-B-32.pt) | `retrieval.clip4clip.torchscript_archive` |
 
 None of them runs code of the file.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrieval.torchscript_archive import is_torchscript, read_torchscript
+from retrieval.clip4clip.torchscript_archive import is_torchscript, read_torchscript
 
 OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI saved among the weights
 NOT_WEIGHTS = (*OPENAI_ONLY, "attn_mask", "text.attn_mask")  # the latter are computed, but in a scripted module saved

@@ -25,10 +25,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from retrieval.frame_cache import CacheFiles, FrameCache, Item, description, read_journal
-from retrieval.reading import Reading
-from retrieval.timed import Failure, timed_map
-from retrieval.video import VideoError
+from retrieval.video.cache import CacheFiles, FrameCache, Item, description, read_journal
+from retrieval.video.frames import VideoError
+from retrieval.video.reading import Reading
+from retrieval.video.timed import Failure, timed_map
 
 BATCH = 32  # clips between two commits to the disk: what a kill can cost
 TIME_LIMIT = 60.0  # seconds for one file; one of half a minute takes a tenth of a second

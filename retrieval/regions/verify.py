@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from retrieval.data.feature_file import FeatureFile
-from retrieval.data.pictures import find_picture, read_mapping
-from retrieval.data.precomputed import Precomputed, open_npy, read_precomputed
 from retrieval.data.verification import SplitCount, Verification
+from retrieval.regions.feature_file import FeatureFile
+from retrieval.regions.pictures import find_picture, read_mapping
+from retrieval.regions.precomputed import Precomputed, open_npy, read_precomputed
 
 SAMPLES = 256  # images of a split whose features are looked at
 NAMED = 3  # images that a problem names

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from retrieval.head_block import HeadBlock, initialise, quick_gelu, start_from_text
+from retrieval.clip4clip.head_block import HeadBlock, initialise, quick_gelu, start_from_text
 
 PAIRS = 512  # pairs at a time: 14 MB of tokens at 12 frames of 512 channels, 1 GB with the graph of four blocks
 
@@ -72,5 +72,5 @@ class TightTransformer(nn.Module):
         return self.score(pooled).view(n, m)
 
     def start_from_text(self, text: nn.Module) -> None:
-        """See `retrieval.head_block.start_from_text`."""
+        """See `retrieval.clip4clip.head_block.start_from_text`."""
         start_from_text(text, self.positions, self.blocks)

@@ -9,7 +9,7 @@ Files of a cache called ``test`` that was written with `Reading` R, in ``<folder
 - ``test.json``: R and the clips in the order of the rows.
 - ``test.unreadable.csv``: for people, the clips without frames and why.
 
-`retrieval.cache_writer` writes them.
+`retrieval.video.cache_writer` writes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.reading import Reading
+from retrieval.video.reading import Reading
 
 FORMAT = 1
 SHOWN = 10  # clips without frames that a message names

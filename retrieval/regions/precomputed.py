@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrieval.data.ragged import Ragged
+from retrieval.regions.ragged import Ragged
 
 CAPTIONS_PER_IMAGE = 5
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.timeline import VideoError, timeline
-from retrieval.video import BACKENDS, SLICINGS, read_frames
+from retrieval.video.frames import BACKENDS, SLICINGS, read_frames
+from retrieval.video.timeline import VideoError, timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Reading:
         frames_per_second: one candidate each so many of a second, or None to choose among all frames.
         slicing: which candidates to keep when there are more than `frames`: "uniform", "head" or "tail".
         size: side in pixels of the square to resize (short side, bicubic) and centre-crop to; None leaves frames as is.
-        backend: of `retrieval.video.BACKENDS`; the frames do not depend on it.
+        backend: of `retrieval.video.frames.BACKENDS`; the frames do not depend on it.
     """
 
     frames: int

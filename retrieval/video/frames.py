@@ -18,7 +18,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from retrieval.timeline import Timeline, VideoError, decode, decode_only, timeline, video_stream
+from retrieval.video.timeline import Timeline, VideoError, decode, decode_only, timeline, video_stream
 
 __all__ = ["BACKENDS", "SLICINGS", "VideoError", "frame_indices", "read_frames", "resize_and_crop"]
 
