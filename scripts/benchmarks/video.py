@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import described
 from benchmarks.measure import paired_ratios
-from benchmarks.prior_video import MEAN, STD, WAYS, prior_clip
+from benchmarks.prior_video import MEAN, STD, prior_clip
 from benchmarks.video_page import page
 from retrieval.clip4clip import normalise_frames
 from retrieval.video.cache import CacheFiles, FrameCache
@@ -81,7 +81,7 @@ def run(settings: Settings) -> None:
             CacheFiles(Path(folder), "clips", reading(settings)), {path.stem: path for path in paths}, workers=0
         )
         rows = measured(paths, cache, settings)
-    results = {"settings": described(settings), "megabytes": megabytes, "stand_in": "OpenCV" not in WAYS, "rows": rows}
+    results = {"settings": described(settings), "megabytes": megabytes, "rows": rows}
     settings.output.mkdir(parents=True, exist_ok=True)
     text = page(results)
     print(f"\n{text}")
@@ -108,17 +108,16 @@ def ours(settings: Settings, cache: FrameCache) -> dict[str, Callable[[Path], Te
 
 
 def measured(paths: list[Path], cache: FrameCache, settings: Settings) -> list[dict[str, Any]]:
-    """For each of prior code's ways and each of ours: ratios of paired reads of one clip, and their seconds."""
-    plan = [(prior, way, name, read) for prior, way in WAYS.items() for name, read in ours(settings, cache).items()]
-    rows = []
-    with tqdm(total=len(plan) * (settings.pairs + WARM_UP), desc="time", unit="pair") as bar:
-        for prior, way, name, read in plan:
-            bar.set_postfix_str(f"{name} / {prior}")
-            theirs = partial(prior_clip, frames_a_second=way, frames=settings.frames, size=settings.size)
+    """For each of our ways: ratios of paired reads of one clip to prior code's, and the seconds of both."""
+    ways, rows = ours(settings, cache), []
+    theirs = partial(prior_clip, frames=settings.frames, size=settings.size)
+    with tqdm(total=len(ways) * (settings.pairs + WARM_UP), desc="time", unit="pair") as bar:
+        for name, read in ways.items():
+            bar.set_postfix_str(name)
             plain, measured_one = Reader(theirs, paths), Reader(read, paths)
             ratios = paired_ratios(plain, measured_one, settings.pairs, warm_up=WARM_UP, progress=bar.update)
             seconds = {"prior_seconds": plain.seconds[WARM_UP:], "seconds": measured_one.seconds[WARM_UP:]}
-            rows.append({"prior": prior, "name": name, "time_ratios": ratios, **seconds})
+            rows.append({"name": name, "time_ratios": ratios, **seconds})
     return rows
 
 
