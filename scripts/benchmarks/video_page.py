@@ -28,6 +28,7 @@ on {date}: {processor}, {threads} threads, torch {torch}. The raw numbers are in
 - Time: the median over {pairs} pairs of neighbouring reads of one clip, after 2 that do not count, with its 95 %
   bootstrap interval. Clips a second: one over the median time of a read in these pairs, on one process.
 - From the frame cache: the second epoch and later. Each way ends in normalised float32 frames.
+
 ## Targets
 
 {targets}
