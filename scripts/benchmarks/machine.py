@@ -44,13 +44,12 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def described(settings: Any) -> Mapping[str, Any]:
-    """The settings, and the machine and versions that they ran on."""
+    """The settings but for the place of the results, and the machine and versions that they ran on."""
     model = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
     )
     return {
-        **asdict(settings),
-        "output": str(settings.output),
+        **{name: value for name, value in asdict(settings).items() if name != "output"},
         "command": f"python {shlex.join(sys.argv)}",
         "date": date.today().isoformat(),
         "processor": model or platform.processor() or platform.machine(),
