@@ -190,3 +190,23 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     assert rows["lora"]["counts"]["flops"] < rows["full"]["counts"]["flops"]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
     assert "| lora on o, fc1, fc2: memory / PEFT's LoRA on o, fc1, fc2 | x 1 |" in page
+
+
+def test_a_tiny_benchmark_of_the_text_side_writes_its_page(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main(
+            ["training", *["--tiny", "--batch", "16", "--pairs", "1", "--threads", "1"], "--output", str(tmp_path)]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    rows = {row["row"]: row for row in found["rows"]}
+    assert list(rows) == ["full fine-tuning", "LoRA", "LoRA, 4 buckets", "full fine-tuning, 4 buckets"]
+    heads = 768 * 1024 + 1024 + 12_704  # the projection and GPO
+    assert rows["LoRA"]["trained"] == rows["LoRA, 4 buckets"]["trained"] == 2 * 2 * 8 * 2 * 768 + heads
+    assert len(found["lengths"]) == 16
+    flops = {name: row["counts"]["flops"] for name, row in rows.items()}
+    assert flops["LoRA, 4 buckets"] < 0.9 * flops["LoRA"] < 0.9 * flops["full fine-tuning"]
+    assert len(rows["LoRA, 4 buckets"]["against LoRA"]) == 1
+    assert "| LoRA, 4 buckets |" in (tmp_path / "training.md").read_text(encoding="utf-8")

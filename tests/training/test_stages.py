@@ -52,6 +52,16 @@ def test_stages_train_with_and_without_the_penalty_and_are_logged(tmp_path: Path
     assert not weights, "a checkpoint holds nothing to unpickle but torch's own optimiser state"
 
 
+def test_fewer_evaluations_change_nothing_else(tmp_path: Path) -> None:
+    every, second = tiny.train(tmp_path / "every"), tiny.train(tmp_path / "second", evaluate_every=2)
+    epochs = [line["epoch"] for line in lines(tmp_path / "second") if "validation" in line]
+    assert epochs == [2, 2, 3], "the last epoch of a stage always"
+    for name, tensor in every.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match=r"evaluate_every is 2; .* 1 for selection=validation"):
+        Recipe(stages=tiny.STAGES, evaluate_every=2, selection="validation")
+
+
 def test_the_penalty_changes_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_penalty = tiny.train(tmp_path / "a")
     monkeypatch.setattr(tiny, "ReSoRA", lambda *_, **__: None)

@@ -59,6 +59,7 @@ def train(
     stages: tuple[Stage, ...] = STAGES,
     restart: bool = True,
     adapter: str = "lora",
+    evaluate_every: int = 1,
 ) -> nn.Module:
     torch.manual_seed(0)
     model = inject(Model(), ADAPTERS[adapter], train=("head",))
@@ -76,6 +77,7 @@ def train(
         Recipe(
             stages=stages,
             restart=restart,
+            evaluate_every=evaluate_every,
             batch_size=5,
             rates=LearningRates(adapter=0.1, head=0.05),
         ),
