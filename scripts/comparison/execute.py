@@ -57,10 +57,14 @@ def run_jobs(wanted: Iterable[Job], records: Records, runs: Path, jobs: int) -> 
             continue
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             futures = {pool.submit(run_job, job, runs): job for job in batch}
-            for future in tqdm(as_completed(futures), total=len(futures), desc=f"{batch[0].task}", unit="run"):
-                record = future.result()
-                if records.of(futures[future]) is None:
-                    records.add(record)
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc=f"{batch[0].task}", unit="run"):
+                    record = future.result()
+                    if records.of(futures[future]) is None:
+                        records.add(record)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # with the runs that have begun; launched again, they are found done
+                raise
 
 
 def run_job(job: Job, runs: Path) -> dict[str, Any]:
