@@ -12,7 +12,7 @@ from regularizers.eager import ValueAndGradients, with_gradients
 from regularizers.median import median_pair
 
 SPACING = 0.55  # of the bumps, in bandwidths: relative error of the kernel 2 exp(-pi^2 / (2 spacing^2)) = 2e-7
-MARGIN = 2.75  # bandwidths of bumps beyond the outermost samples: what is cut off is below 1e-7
+MARGIN = 2.5  # bandwidths of bumps beyond the outermost samples: what is cut off is erfc(sqrt(2) margin) / 2 = 3e-7
 REACH = 6.0  # bandwidths at which the kernel is zero, exp(-18)
 
 
@@ -58,7 +58,8 @@ def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fractio
 def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAndGradients:
     """Of several layers at once, (L, N, r). Inside, a row is a subspace: (L r, N)."""
     layers, count, rank = activations.shape
-    values = activations.mT.to(torch.promote_types(activations.dtype, torch.float32)).reshape(layers * rank, count)
+    values = activations.mT.to(torch.promote_types(activations.dtype, torch.float32))
+    values = values.reshape(layers * rank, count).contiguous()
     if count < 2 or rank < 2:
         return values.new_zeros(layers), None, None
     ordered, order = values.sort(dim=1)
