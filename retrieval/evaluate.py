@@ -52,7 +52,7 @@ def encode(
     batch_size: int = 64,
     precision: str = "float32",
 ) -> Encoded:
-    """Encode every image once and every caption, and score all pairs where the model asks for it.
+    """Encode every image and every caption, and score all pairs where the model asks for it.
 
     Captions are encoded in batches of similar length, so that little is spent on padding. The model is left in the mode
     (training or evaluation) that it was in.
@@ -65,13 +65,14 @@ def encode(
     was_training = model.training
     model.eval()
     images: list[np.ndarray] = []
-    total, name = len(data) + len(captions.ids), f"encoding {data.split}"
+    wanted = data.image_of_caption if model.image_for_each_caption else np.arange(len(data))
+    total, name = len(wanted) + len(captions.ids), f"encoding {data.split}"
     with (
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
         tqdm(total=total, desc=name, unit="item", leave=False, delay=1) as bar,
     ):
-        for start in range(0, len(data), batch_size):
-            batch = model.collate_visual([data.visual(i) for i in range(start, min(start + batch_size, len(data)))])
+        for start in range(0, len(wanted), batch_size):
+            batch = model.collate_visual([data.visual(int(image)) for image in wanted[start : start + batch_size]])
             images.append(model.encode_visual(**{k: v.to(device) for k, v in batch.items()}).float().cpu().numpy())
             bar.update(len(images[-1]))
         by_length = np.argsort([len(ids) for ids in captions.ids], kind="stable")
@@ -84,7 +85,8 @@ def encode(
             texts[rows] = encoded
             bar.update(len(rows))
         assert texts is not None
-        visual, scores = np.concatenate(images), None
+        # One embedding an image, the first; np.unique sorts, so rows are in the data's order.
+        visual, scores = np.concatenate(images)[np.unique(wanted, return_index=True)[1]], None
         if model.pair_scores is not None:
             scores = _score_pairs(model, visual, texts, batch_size)
     model.train(was_training)

@@ -32,6 +32,8 @@ class RetrievalModel(nn.Module, ABC):
         self.pair_scores: Any = None
         """(texts, items) as the encoders put them out -> scores (n, m), of a model that compares each pair in a pass of
         its own; None where scores are inner products."""
+        self.image_for_each_caption = False
+        """Whether evaluation encodes an item once for each of its captions, instead of once."""
 
     @abstractmethod
     def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:

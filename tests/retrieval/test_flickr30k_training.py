@@ -78,10 +78,11 @@ def test_one_option_has_the_published_code_back() -> None:
             "padding": config["model"]["padding_in_statistics"],
             "words": config["trainer"]["augmentation"]["keep_words"],
             "decay": config["trainer"]["rates"]["decay_vectors"],
+            "images": config["model"]["image_for_each_caption"],
         }
 
-    assert settings("mended") == {"dev": None, "padding": False, "words": True, "decay": False}
-    assert settings("as_published") == {"dev": 1000, "padding": True, "words": False, "decay": True}
+    assert settings("mended") == {"dev": None, "padding": False, "words": True, "decay": False, "images": False}
+    assert settings("as_published") == {"dev": 1000, "padding": True, "words": False, "decay": True, "images": True}
     default = compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base"])
     assert default == compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base", "protocol=mended"])
 
