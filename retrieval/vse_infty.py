@@ -9,8 +9,8 @@ What the published code does besides what the paper says is mended by default. `
   1,014 images select the model. Mended: all.
 - `Augmentation.keep_words`: the augmentation may delete all words of a caption. Mended: it then stays as it is.
 - `LearningRates.decay_vectors`: weight decay also pulls biases and norms to zero. Mended: matrices alone.
-- `VSEInfinityConfig.image_for_each_caption`: evaluation encodes an image once for each of its five captions, which takes
-  five times as long and changes no number. Mended: once.
+- `VSEInfinityConfig.image_for_each_caption`: evaluation encodes an image once for each of its captions, five times the
+  work, and no number changes. Mended: once.
 
 An image that loses all its regions to the augmentation (one in 10^25 of those with 36) ends the published code with an
 error; here it keeps them all under either protocol.

@@ -19,7 +19,7 @@ class MSRVTTOptions:
         train: the training list, "9k" (1k-A) or "7k".
         validation: how many training videos make the validation split, or "test" to select on the test split.
         validation_seed: of the choice of these videos, and of the sentence that each keeps.
-        frames, frames_per_second, slicing, size: how a clip is read; see `Reading`.
+        frames, frames_per_second, slicing, size, resizing: how a clip is read; see `Reading`.
         max_unreadable: the largest share of a split's videos that may be missing or damaged.
         check_counts: whether the files have to hold as many videos and sentences as published.
 
@@ -34,6 +34,7 @@ class MSRVTTOptions:
     frames_per_second: float | None = 1.0
     slicing: str = "uniform"
     size: int = 224
+    resizing: str = "pillow"
     max_unreadable: float = 0.01
     check_counts: bool = True
 
@@ -48,7 +49,11 @@ class MSRVTTOptions:
     @property
     def reading(self) -> Reading:
         return Reading(
-            frames=self.frames, frames_per_second=self.frames_per_second, slicing=self.slicing, size=self.size
+            frames=self.frames,
+            frames_per_second=self.frames_per_second,
+            slicing=self.slicing,
+            size=self.size,
+            resizing=self.resizing,
         )
 
     @property

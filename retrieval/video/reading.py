@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.video.frames import BACKENDS, SLICINGS, read_frames
+from retrieval.video.frames import BACKENDS, RESIZING, SLICINGS, read_frames
 from retrieval.video.timeline import VideoError, timeline
 
 
@@ -26,13 +26,15 @@ class Reading:
         frames_per_second: one candidate each so many of a second, or None to choose among all frames.
         slicing: which candidates to keep when there are more than `frames`: "uniform", "head" or "tail".
         size: side in pixels of the square to resize (short side, bicubic) and centre-crop to; None leaves frames as is.
-        backend: of `retrieval.video.frames.BACKENDS`; the frames do not depend on it.
+        resizing: "pillow", or "decoder" for less work on large videos; see `read_frames`.
+        backend: of `retrieval.video.frames.BACKENDS`; with "pillow", the frames do not depend on it.
     """
 
     frames: int
     frames_per_second: float | None = None
     slicing: str = "uniform"
     size: int | None = None
+    resizing: str = "pillow"
     backend: str = "decord"
 
     def __post_init__(self) -> None:
@@ -44,7 +46,7 @@ class Reading:
             raise ValueError(
                 f"frames_per_second is {self.frames_per_second}; expected a positive rate, or null for all"
             )
-        for name, known in (("slicing", SLICINGS), ("backend", tuple(BACKENDS))):
+        for name, known in (("slicing", SLICINGS), ("resizing", RESIZING), ("backend", tuple(BACKENDS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
 
@@ -56,6 +58,7 @@ class Reading:
             slicing=self.slicing,
             frames_per_second=self.frames_per_second,
             size=self.size,
+            resizing=self.resizing,
             backend=self.backend,
         )
 
@@ -66,17 +69,19 @@ class Reading:
     @property
     def options(self) -> dict[str, Any]:
         """What the frames depend on, for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "backend"}
+        left_out = {"backend"} if self.resizing == "pillow" else set()
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def key(self) -> str:
         """The name of a folder for frames read in this way: "12_uniform_at_1_fps_224_px"."""
         rate = "" if self.frames_per_second is None else f"_at_{self.frames_per_second:g}_fps"
-        return f"{self.frames}_{self.slicing}{rate}_{f'{self.size}_px' if self.size else 'as_stored'}"
+        scaled = f"_{self.backend}" if self.resizing == "decoder" else ""
+        return f"{self.frames}_{self.slicing}{rate}_{f'{self.size}_px' if self.size else 'as_stored'}{scaled}"
 
     def __str__(self) -> str:
         rate = "" if self.frames_per_second is None else f" of {self.frames_per_second:g} a second"
-        size = f"{self.size} px bicubic" if self.size else "as stored"
+        size = f"{self.size} px bicubic by {self.resizing}" if self.size else "as stored"
         return f"at most {self.frames} frames{rate}, {self.slicing}, {size}, {self.backend}"
 
 

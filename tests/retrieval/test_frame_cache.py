@@ -246,6 +246,7 @@ def test_a_journal_takes_back(tmp_path: Path) -> None:
         ({"frames": 0}, "frames is 0"),
         ({"frames": 4, "size": 0}, "size is 0"),
         ({"frames": 4, "slicing": "middle"}, "uniform"),
+        ({"frames": 4, "resizing": "opencv"}, "pillow, decoder"),
         ({"frames": 4, "frames_per_second": 0.0}, "positive"),
         ({"frames": 4, "backend": "opencv"}, "decord, pyav"),
     ],

@@ -120,7 +120,7 @@ def read_some(folder: Path, results: Connection) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's account of memory")
 def test_a_large_file_is_not_read_into_memory(tmp_path: Path) -> None:
-    """Eight gigabytes of features, more than Flickr30K's training split, a hole in the file, of which a process of its own reads 81 images."""
+    """Eight gigabytes of features (Flickr30K has as many), a hole in the file; a process of its own reads 81 images."""
     shape = (29_200, 36, 2048)
     with (tmp_path / "train_ims.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

@@ -165,6 +165,29 @@ def test_resized_like_clip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])  # the second has no index to seek by
+def test_scaled_by_the_decoder(tmp_path: Path, backend: str, name: str) -> None:
+    """The same frames, and on a smooth picture nearly the same pixels, none of them ever at the file's size."""
+    path, (width, height) = tmp_path / name, (200, 120)
+    across = np.linspace(0, 200, width)[None, :, None] + np.linspace(0, 40, height)[:, None, None]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264" if name.endswith("mp4") else "mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(20):
+            picture = np.broadcast_to(across * (0.5 + number / 40), (height, width, 3)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+    exact = read_frames(path, 4, size=48, backend=backend)
+    scaled = read_frames(path, 4, size=48, resizing="decoder", backend=backend)
+    assert scaled.shape == exact.shape == (4, 48, 48, 3)
+    assert np.abs(scaled.astype(int) - exact).mean() < 2
+    made = BACKENDS[backend if name.endswith("mp4") else "pyav"](path, np.array([0, 9]), timeline(path), 48)
+    assert made.shape == (2, 48, 80, 3)
+    with pytest.raises(ValueError, match="pillow, decoder"):
+        read_frames(path, 4, size=48, resizing="opencv")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files(tmp_path: Path, kind: str, backend: str) -> None:
     make, reason = BAD_FILES[kind]
