@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -23,6 +21,7 @@ from adapters import ADAPTERS, Adapter, LoRA, inject, merge, trainable_parameter
 from benchmarks.adapters_page import page
 from benchmarks.machine import described, in_fresh_process
 from benchmarks.measure import Counts, count, paired_ratios, resident_peak
+from benchmarks.options import Options, option
 from benchmarks.training_step import Step
 
 WARM_UP = 2
@@ -44,23 +43,19 @@ SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others tra
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is run; see `scripts/benchmark.py adapters --help`."""
+class Settings(Options):
+    """What is run."""
 
-    backbones: tuple[str, ...] = ("vit", "bert")
-    methods: tuple[str, ...] = ()
-    batch: int = 4
-    pairs: int = 15
-    peft_pairs: int = 45
-    few_pairs: int = 5
-    threads: int
-    tiny: bool = False
-    output: Path
+    backbones: tuple[str, ...] = option(("vit", "bert"), "what is adapted", choices=("vit", "bert"))
+    methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
+    batch: int = option(4, "images in a step, and a quarter of its sentences")
+    pairs: int = option(15, "pairs of steps for LoRA")
+    peft_pairs: int = option(45, "pairs of steps for LoRA against PEFT's")
+    few_pairs: int = option(5, "pairs of steps for the other rows")
+    tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "pairs", "peft_pairs", "few_pairs", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        super().__post_init__()
         if unknown := set(self.methods) - set(ADAPTERS):
             raise ValueError(f"unknown adapter {min(unknown)!r}; choose from {', '.join(ADAPTERS)}")
 
@@ -141,9 +136,8 @@ def applicable(name: str, settings: Settings) -> list[str]:
     return found
 
 
-def run(settings: Settings) -> None:
-    """Measure, print the page and write it with the raw numbers beside it."""
-    torch.set_num_threads(settings.threads)
+def run(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Measure -> the page and the raw numbers."""
     results: dict[str, Any] = {"settings": described(settings), "rows": [], "merged": [], "bfloat16": bfloat16_speed()}
     for name in settings.backbones:
         methods = applicable(name, settings)
@@ -169,12 +163,7 @@ def run(settings: Settings) -> None:
                 }
             )
         results["merged"].append({"backbone": name, "time_ratios": merged_against_stock(name, settings)})
-    settings.output.mkdir(parents=True, exist_ok=True)
-    text = page(results)
-    print(f"\n{text}")
-    (settings.output / "adapters.md").write_text(text, encoding="utf-8")
-    (settings.output / "adapters.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {settings.output}/adapters.md and .json")
+    return page(results), results
 
 
 def against_peft(name: str, methods: list[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from adapters import ADAPTERS, inject, trainable_parameters
+from benchmarks.options import Options
 from benchmarks.tables import markdown
 
 QKV, QV = ("q", "k", "v"), ("q", "v")
@@ -22,10 +22,8 @@ PROJECTIONS = 768 * 512 + 512 * 512  # CLIP's two
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Where to write; see `scripts/benchmark.py parameters --help`."""
-
-    output: Path
+class Settings(Options):
+    """Nothing besides where to write."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,11 @@ def count(row: Row) -> int:
     return trainable_parameters(model) + row.head
 
 
-def run(settings: Settings) -> None:
-    """Count, print the page and write it."""
+def run(settings: Settings) -> tuple[str, None]:
+    """Count -> the page, which holds all numbers."""
     lines = []
     for row in ROWS:
         ours = count(row)
         chosen = ", ".join(f"{name} {value}" for name, value in row.settings.items())
         lines.append([row.backbone, f"`{row.method}`", chosen, f"{ours:,}", row.paper, row.why])
-    text = PAGE.format(table=markdown(["Backbone", "Method", "Settings", "Ours", "Paper (M)", "Remark"], lines))
-    print(text)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / "parameters.md").write_text(text, encoding="utf-8")
-    print(f"written to {settings.output}/parameters.md")
+    return PAGE.format(table=markdown(["Backbone", "Method", "Settings", "Ours", "Paper (M)", "Remark"], lines)), None

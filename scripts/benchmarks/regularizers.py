@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from adapters import ADAPTERS
 from benchmarks.machine import described, in_fresh_process
 from benchmarks.measure import count, paired_ratios
 from benchmarks.naive_equations import NAIVE
+from benchmarks.options import Options, option
 from benchmarks.regularizers_page import page
 from benchmarks.training_step import TrainingStep, account, has_subspaces, penalty
 from regularizers import REGULARIZERS
@@ -27,23 +26,19 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is run; see `scripts/benchmark.py regularizers --help`."""
+class Settings(Options):
+    """What is run."""
 
-    batch: int = 4
-    naive_batch: int = 1
-    pairs: int = 15
-    threads: int
-    model: str = "vit_base_patch16_224"
-    image_size: int = 224
-    measures: tuple[str, ...] = tuple(REGULARIZERS)
-    samples: tuple[int, ...] = (1576, 6304, 25216)
-    output: Path
+    batch: int = option(4, "images in a step; N = 197 samples each at 224 px")
+    naive_batch: int = option(1, "images in a step with an equation as printed, for its memory")
+    pairs: int = option(15, "steps with and without the penalty, for each row")
+    model: str = option("vit_base_patch16_224", "a timm ViT")
+    image_size: int = option(224, "pixels")
+    measures: tuple[str, ...] = option(tuple(REGULARIZERS), "rows", choices=tuple(REGULARIZERS))
+    samples: tuple[int, ...] = option((1576, 6304, 25216), "of the nonlinear measure on its own")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "naive_batch", "pairs", "threads", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        super().__post_init__()
         if unknown := set(self.measures) - set(REGULARIZERS):
             raise ValueError(f"unknown measure {min(unknown)!r}; choose from {', '.join(REGULARIZERS)}")
         if min(self.samples) < 2:
@@ -86,9 +81,8 @@ def rows(settings: Settings) -> list[Row]:
     return found + [row for name in ["", *printed] if (row := Row("lora", name, settings.naive_batch)) not in found]
 
 
-def run(settings: Settings) -> None:
-    """Measure, print the page and write it with the raw numbers beside it."""
-    torch.set_num_threads(settings.threads)
+def run(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Measure -> the page and the raw numbers."""
     table = rows(settings)
     repeats = {"few_pairs": min(FEW_PAIRS, settings.pairs), "warm_up": WARM_UP}
     results: dict[str, Any] = {"settings": described(settings) | repeats, "rows": [], "growth": []}
@@ -108,12 +102,7 @@ def run(settings: Settings) -> None:
             }
         )
     results["growth"] = growth(settings)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    text = page(results)
-    print(f"\n{text}")
-    (settings.output / "regularizers.md").write_text(text, encoding="utf-8")
-    (settings.output / "regularizers.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {settings.output}/regularizers.md and .json")
+    return page(results), results
 
 
 def time_rows(table: list[Row], settings: Settings) -> dict[Row, list[float]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from transformers import BertConfig, BertModel
 from adapters import Full, LoRA, inject, trainable_parameters
 from benchmarks.machine import described
 from benchmarks.measure import Counts, count, paired_ratios
+from benchmarks.options import Options, option
 from benchmarks.tables import markdown, time_ratio
 from retrieval.losses import TripletLoss
 from retrieval.vse_infty import TextEncoder, VSEInfinityConfig
@@ -44,19 +43,17 @@ tensors take at once. FLOPs: exact, of matrix products and attention.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is run; see `scripts/benchmark.py training --help`."""
+class Settings(Options):
+    """What is run."""
 
-    batch: int = 32
-    pairs: int = 15
-    threads: int
-    tiny: bool = False
-    output: Path
+    batch: int = option(32, "sentences in a step")
+    pairs: int = option(15, "pairs of steps for each ratio")
+    tiny: bool = option(False, "two layers of BERT, to try it out")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "pairs", "threads"):
-            if getattr(self, name) < 1 + (name == "batch"):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {1 + (name == 'batch')}")
+        super().__post_init__()
+        if self.batch < 2:
+            raise ValueError(f"batch is {self.batch}; expected at least 2: a contrastive loss needs a negative")
 
 
 class TextStep:
@@ -104,9 +101,8 @@ def sentences(batch: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def run(settings: Settings) -> None:
-    """Measure, print the page and write it with the raw numbers beside it."""
-    torch.set_num_threads(settings.threads)
+def run(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Measure -> the page and the raw numbers."""
     ids, mask = sentences(settings.batch)
     plan = {
         "full fine-tuning": (Full(), 1),
@@ -124,12 +120,7 @@ def run(settings: Settings) -> None:
                 ratios = paired_ratios(other.run, step.run, settings.pairs, warm_up=WARM_UP)
                 rows[-1][f"against {reference}"] = ratios
     results = {"settings": described(settings), "lengths": mask.sum(dim=1).tolist(), "rows": rows}
-    settings.output.mkdir(parents=True, exist_ok=True)
-    text = page(results)
-    print(f"\n{text}")
-    (settings.output / "training.md").write_text(text, encoding="utf-8")
-    (settings.output / "training.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {settings.output}/training.md and .json")
+    return page(results), results
 
 
 def page(results: dict[str, Any]) -> str:

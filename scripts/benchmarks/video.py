@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import described
 from benchmarks.measure import paired_ratios
+from benchmarks.options import Options, option
 from benchmarks.prior_video import MEAN, STD, prior_clip
 from benchmarks.video_page import page
 from retrieval.clip4clip import normalise_frames
@@ -34,24 +34,21 @@ GRAIN = 8.0  # standard deviation of the noise, of 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is run; see `scripts/benchmark.py video --help`."""
+class Settings(Options):
+    """What is run."""
 
-    clips: int = 10
-    seconds: int = 30
-    width: int = 320
-    height: int = 240
-    rate: int = 25
-    frames: int = 12
-    size: int = 224
-    pairs: int = 30
-    threads: int = 1
-    output: Path
+    clips: int = option(10, "videos, encoded for the purpose")
+    seconds: int = option(30, "length of a video")
+    width: int = option(320, "pixels, even")
+    height: int = option(240, "pixels, even")
+    rate: int = option(25, "frames a second of a video")
+    frames: int = option(12, "frames that are kept of a clip")
+    size: int = option(224, "pixels that they are resized to")
+    pairs: int = option(30, "pairs of reads for each row")
+    threads: int = option(1, "compute threads; a data loader's worker has one")
 
     def __post_init__(self) -> None:
-        for name in ("clips", "seconds", "rate", "frames", "size", "pairs", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        super().__post_init__()
         if min(self.width, self.height) < 16 or self.width % 2 or self.height % 2:
             raise ValueError(f"videos of {self.width} x {self.height}; expected even numbers of pixels from 16 on")
 
@@ -69,9 +66,8 @@ class Reader:
         self.seconds.append(perf_counter() - start)
 
 
-def run(settings: Settings) -> None:
-    """Encode the videos, measure, print the page and write it with the raw numbers beside it."""
-    torch.set_num_threads(settings.threads)
+def run(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Encode the videos, measure -> the page and the raw numbers."""
     with TemporaryDirectory() as folder:
         paths = [Path(folder) / f"clip{number}.mp4" for number in range(settings.clips)]
         for number, path in enumerate(tqdm(paths, desc="encoding", unit="clip")):
@@ -82,12 +78,7 @@ def run(settings: Settings) -> None:
         )
         rows = measured(paths, cache, settings)
     results = {"settings": described(settings), "megabytes": megabytes, "rows": rows}
-    settings.output.mkdir(parents=True, exist_ok=True)
-    text = page(results)
-    print(f"\n{text}")
-    (settings.output / "video.md").write_text(text, encoding="utf-8")
-    (settings.output / "video.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {settings.output}/video.md and .json")
+    return page(results), results
 
 
 def reading(settings: Settings, backend: str = "decord") -> Reading:

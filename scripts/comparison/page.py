@@ -30,7 +30,7 @@ here need not hold on VTAB-1K, Flickr30K or MSR-VTT.
 - Scores are those of the test split after the last epoch: mean and standard deviation over the seeds.
 - "against {baseline}" is the mean difference with the same seed and its 95 % interval (Student's t); p is from the
   paired t-test, corrected by Holm over the methods of a table. "detectable" is the smallest true difference that so
-  many seeds find in four of five repetitions. A difference is called one only if the corrected p is below {level}.
+  many seeds find in four of five repetitions (at p below {level}, uncorrected). A difference is called one only if the corrected p is below {level}.
 - Redundancy is the mean |cos| between the activations of two subspaces on validation data, after the first stage and
   at the end.
 """
@@ -101,7 +101,7 @@ def _section(records: Records, task: str) -> str:
 def _verdict(method: str, difference: PairedDifference, p: float) -> str:
     if p < LEVEL:
         return f"**{method}** is {'better' if difference.mean > 0 else 'worse'} by {abs(difference.mean):.2f}."
-    return f"{method}: no difference was found; one below {difference.detectable:.2f} would probably have been missed."
+    return f"{method}: no difference was found; a true one below {difference.detectable:.2f} may well have been missed."
 
 
 def _records(records: Records, task: str, method: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
