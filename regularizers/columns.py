@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+HALF = torch.finfo(torch.float16).max
+
+
 def cosines(columns: Tensor, centered: bool = False) -> Tensor:
     """The cosine between each two of r columns: (..., N, r) -> (..., r, r), float32 at least; 0 where one is zero.
 
@@ -15,7 +18,10 @@ def cosines(columns: Tensor, centered: bool = False) -> Tensor:
             then counts as zero.
     """
     with torch.autocast(columns.device.type, enabled=False):
-        columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        given = columns.dtype
+        columns = columns.to(torch.promote_types(given, torch.float32))
+        if given == torch.float16 and columns.requires_grad:  # small columns have gradients that it has no place for
+            columns.register_hook(lambda gradient: gradient.clamp(-HALF, HALF))
         largest = _largest(columns)
         # Columns of magnitude 1 first: the square of 1e-30 or 1e30 has no place in float32.
         columns = columns / largest.where(largest > 0, torch.ones_like(largest))

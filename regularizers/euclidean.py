@@ -10,7 +10,7 @@ from torch import Tensor
 from regularizers.eager import ValueAndGradients, with_gradients
 
 CHUNK = 1 << 19  # elements of (pairs, samples) at a time: they stay in the processor's cache
-LARGEST = 1e18  # of a feature; its square still has a place in float32
+LARGEST = 1e18  # length of a feature whose square still has a place in float32
 
 
 def euclidean(activations: Tensor, basis: Tensor, *, beta: float = 1.0) -> Tensor:
@@ -33,7 +33,7 @@ def euclidean(activations: Tensor, basis: Tensor, *, beta: float = 1.0) -> Tenso
     Raises:
         ValueError: if beta is not positive.
     """
-    if beta <= 0:
+    if not beta > 0:
         raise ValueError(f"beta is {beta}; expected a positive number, the sensitivity of Eq. 5")
     return with_gradients(partial(_euclidean, beta=beta), activations, basis)
 
@@ -55,8 +55,10 @@ def _euclidean(activations: Tensor, basis: Tensor, beta: float) -> ValueAndGradi
     # Sums over samples, with activations and Gram matrix of magnitude 1: their products have no place in float32.
     peak = activations.abs().amax(dim=(1, 2)).to(exact) if count else gram.new_ones(layers)
     peak = peak.where(peak > 0, torch.ones_like(peak))[:, None, None]
+    shrink = (LARGEST / (peak * norms.amax(dim=1)[:, None, None])).clamp(max=1)  # of the features, and beta grows
     steepest = gram.abs().amax(dim=(1, 2))
     steepest = steepest.where(steepest > 0, torch.ones_like(steepest))[:, None, None]
+    steepness = (-beta / shrink.square()).to(result)
     unit_gram = (gram / steepest).to(result)
     of_pairs, own = unit_gram[:, i, j, None], unit_gram.diagonal(dim1=1, dim2=2)[..., None]
     pair = torch.arange(len(i), device=activations.device)
@@ -71,11 +73,11 @@ def _euclidean(activations: Tensor, basis: Tensor, beta: float) -> ValueAndGradi
             scaled = chunk.mT.to(exact)  # (L, r, samples)
             unit = (scaled / peak[these]).to(result)
             # Lengths of the features, with the signs of their activations.
-            lengths = (scaled * norms[these, :, None]).clamp(-LARGEST, LARGEST).to(result)
+            lengths = (scaled * (norms[these, :, None] * shrink[these])).to(result)
             left, right = lengths[:, i], lengths[:, j] * sign[these]  # (L, P, samples)
             # |h_i - h_j|^2 without the cancellation of its three terms: i and j are first turned to the same side.
             distance = (left - right).square_().addcmul_(left.mul_(right), apart[these]).clamp_(min=0)
-            close = distance.mul_(-beta).exp_()
+            close = distance.mul_(steepness[these]).exp_()
             rows = (first_of + second_of) @ close  # (L, r, samples): the sum over the pairs of each subspace
             total += close.sum(dim=(1, 2))
             left, right = unit[:, i], unit[:, j]

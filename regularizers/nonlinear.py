@@ -14,6 +14,7 @@ from regularizers.median import median_pair
 SPACING = 0.55  # of the bumps, in bandwidths: relative error of the kernel 2 exp(-pi^2 / (2 spacing^2)) = 2e-7
 MARGIN = 2.5  # bandwidths of bumps beyond the outermost samples: what is cut off is erfc(sqrt(2) margin) / 2 = 3e-7
 REACH = 6.0  # bandwidths at which the kernel is zero, exp(-18)
+WIDEST = 128.0  # bandwidths that the samples of a subspace may cover: a bound on the bumps, 240
 
 
 def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fraction: float = 1.0) -> Tensor:
@@ -31,9 +32,11 @@ def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fractio
 
     .. math:: \exp(-(a - b)^2 / 2) \propto \sum_t \exp(-(a - t)^2) \exp(-(b - t)^2),
 
-    which converges faster than exponentially as the grid gets finer: 20 to 40 bumps a subspace give seven digits. With
-    these features a trace is the squared norm of a small matrix. Gaps between samples that are wider than the kernel
-    reaches are closed first, so that a few far outliers do not stretch the grid.
+    which converges faster than exponentially as the grid gets finer: 20 to 40 bumps a subspace of normal activations
+    give seven digits. With these features a trace is the squared norm of a small matrix. Gaps between samples that are
+    wider than the kernel reaches are closed first, so that a few far outliers do not stretch the grid. Where the
+    samples still cover more than 128 bandwidths (more than half of all pairs nearly coincide, say), that subspace's
+    bandwidth is doubled until they do not, so that memory stays linear in the samples whatever they are.
 
     The gradient reaches the activations (A, and the layers below), never the basis (B); it takes the bandwidth's
     dependence on the activations into account.
@@ -49,7 +52,7 @@ def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fractio
     Raises:
         ValueError: if sigma_fraction is not positive.
     """
-    if sigma_fraction <= 0:
+    if not sigma_fraction > 0:
         raise ValueError(f"sigma_fraction is {sigma_fraction}; expected a positive fraction of the median distance")
     basis = activations.new_zeros(*activations.shape[:-2], 1, 1)  # without influence
     return with_gradients(partial(_nonlinear, sigma_fraction=sigma_fraction), activations, basis)
@@ -72,7 +75,8 @@ def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAn
     lower, upper = median_pair(ordered)
     median = ordered.gather(1, upper) - ordered.gather(1, lower)
     alive = median > 0
-    bandwidth = sigma_fraction * median.where(alive, torch.ones_like(median))
+    median = median.where(alive, torch.ones_like(median))
+    bandwidth = _wide_enough(ordered, sigma_fraction * median)
     scaled = values.div_(bandwidth).mul_(alive)
     near = scaled - _closed_gaps(ordered.div_(bandwidth).mul_(alive), order)
     aligned = [
@@ -81,9 +85,9 @@ def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAn
     ]  # fmt: skip
     value, to_scaled = torch.stack([v for v, _ in aligned]), torch.cat([g for _, g in aligned])
 
-    # scaled = values / bandwidth, and the bandwidth is the distance of the two samples of the median pair.
+    # scaled = values / bandwidth, and the bandwidth a multiple of the distance between the samples of the median pair.
     to_values = to_scaled / bandwidth
-    to_median = -(to_scaled * scaled).sum(dim=1, keepdim=True) / bandwidth * sigma_fraction
+    to_median = -(to_scaled * scaled).sum(dim=1, keepdim=True) / median
     to_values.scatter_add_(1, order.gather(1, upper), to_median)
     to_values.scatter_add_(1, order.gather(1, lower), -to_median)
     gradient = (to_values * alive).to(torch.float64 if activations.device.type != "mps" else values.dtype) / largest
@@ -111,6 +115,16 @@ def _kernel_alignment(values: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     to_features = (blocks * weights[:, None, :, None]).view_as(products) @ centred  # a quarter of it
     gradient = to_features.view_as(features).mul_(features).mul_(away).sum(dim=1).mul_(-8)
     return sum_of_pairs(ratios), gradient
+
+
+def _wide_enough(ordered: Tensor, bandwidth: Tensor) -> Tensor:
+    """The bandwidth (r, 1), doubled until the samples (r, N) of its row cover at most WIDEST of it, gaps closed."""
+    while (ordered[:, -1:] - ordered[:, :1] > WIDEST * bandwidth).any():  # without looking at the gaps, mostly enough
+        covered = (ordered.diff(dim=1) / bandwidth).clamp_(max=REACH).sum(dim=1, keepdim=True)
+        if not (wide := covered > WIDEST).any():
+            break
+        bandwidth = torch.where(wide, 2 * bandwidth, bandwidth)
+    return bandwidth
 
 
 def _closed_gaps(ordered: Tensor, order: Tensor) -> Tensor:
