@@ -30,10 +30,13 @@ def capture(
     this suite and `peft.PeftModel` work alike; of PEFT's adapters those take part that are switched on. A layer that
     runs several times in the context adds up its samples. Under DDP each process sees the samples of its own batch.
 
-    Samples are tokens, pixels or frames. A padding token is none: the 2-D `attention_mask` (batch, length) that a
-    module around the layer was called with is found, and the positions where it is zero are left out.
+    Samples are tokens, pixels or frames. A padding token is none: the 2-D `attention_mask` (batch, length) of the
+    innermost module around the layer that takes one is found (`encoder_attention_mask` where only that has the length
+    of the layer's input), and the positions where it is zero are left out. What is called without one has no padding.
 
-    Close the context before `backward`, so that gradient checkpointing does not record its second forward pass.
+    Close the context before `backward`, so that gradient checkpointing does not record its second forward pass. Under
+    checkpointing in the reentrant mode, add the penalty to the loss instead of calling its `backward` alone: its
+    gradient reaches the layer with that of the loss.
 
     Args:
         model: holds low-rank layers; may be wrapped in DistributedDataParallel.
@@ -47,7 +50,8 @@ def capture(
         ("q") of this suite's adapters, and the adapter's name ("default") for PEFT's.
 
     Raises:
-        ValueError: if the model holds no layer to capture, or is compiled.
+        ValueError: if the model holds no layer to capture, or is compiled; if a mask's positions cannot be matched with
+            a layer's.
         RuntimeError: inside another capture of the same model.
     """
     captured = Captured(on, samples)
@@ -73,6 +77,8 @@ def capture(
             if roles:
                 record = _recorder(recordings, name, found[name], masks, torch.is_grad_enabled())
                 stack.enter_context(found[name].listen(record, roles))
+        captured.open = True
+        stack.callback(captured.close)
         yield captured
     for recording in recordings:
         if recording.without_graph:
@@ -106,7 +112,9 @@ class _Recording(NamedTuple):
         if self.mask is None:
             return items.flatten(1, -2).mean(dim=1)
         weight = self.mask.to(items.dtype)[..., None]
-        return (items * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        real = weight.sum(dim=1)
+        means = (items * weight).sum(dim=1) / real.clamp(min=1)
+        return means[real.squeeze(1) > 0]  # an item of padding alone is none
 
 
 def layer_pattern(layers: str | None) -> re.Pattern[str]:
@@ -124,20 +132,22 @@ def _plain(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = cast(nn.Module, model.module)
     for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        own = vars(module)
+        compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
+        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
             where = name or type(module).__name__
             raise ValueError(
-                f"{where} is compiled, and torch.compile drops hooks that come after it: capture nothing silently is "
-                "what would follow. Train the module that you passed to torch.compile"
+                f"{where} is compiled, and torch.compile drops hooks that come after it, so that nothing would be "
+                "captured. Train the module that you passed to torch.compile"
             )
     return model
 
 
 def _recorder(
-    recordings: list[_Recording], name: str, layer: LowRankLayer, masks: list[Tensor], grad_enabled: bool
+    recordings: list[_Recording], name: str, layer: LowRankLayer, masks: list[_Masks], grad_enabled: bool
 ) -> Record:
     def record(role: str, activations: Tensor, basis: Tensor, shape: torch.Size, scale: float = 1.0) -> None:
-        mask = next((mask for mask in reversed(masks) if mask.shape == shape), None)
+        mask = _mask_of(name, shape, masks)
         # Reentrant gradient checkpointing: this pass has no graph, the one in the backward pass will (see `Replay`).
         without_graph = grad_enabled and not torch.is_grad_enabled()
         if without_graph:
@@ -154,22 +164,60 @@ def _recorder(
     return record
 
 
+class _Masks(NamedTuple):
+    """What a module that takes an attention mask was called with."""
+
+    own: Tensor | torch.Size | None
+    """The mask; without one, the (batch, length) that it stands for, all of them real; None if that is not known."""
+    encoder: Tensor | None
+
+
+def _mask_of(name: str, shape: torch.Size, masks: list[_Masks]) -> Tensor | None:
+    """The mask of a layer's input of this shape, from the innermost module that takes one; None if all is real."""
+    found: Tensor | torch.Size | None = None
+    for own, _ in reversed(masks):
+        if own is None:
+            break
+        if (own if isinstance(own, torch.Size) else own.shape) == shape:
+            found = own
+            break
+        if isinstance(own, Tensor) and own.shape == shape[::-1]:
+            raise ValueError(
+                f"{name} has inputs of {tuple(shape)}, but the attention mask is {tuple(own.shape)}: inputs of "
+                "(length, batch) are not supported; leave it out with capture(model, layers=PATTERN)"
+            )
+    mask = found if isinstance(found, Tensor) else None
+    encoder = next((m.encoder for m in reversed(masks) if m.encoder is not None and m.encoder.shape == shape), None)
+    if encoder is None:
+        return mask
+    if found is not None and not torch.equal(encoder.bool(), torch.ones_like(encoder).bool() if mask is None else mask):
+        raise ValueError(
+            f"{name} may see the tokens of attention_mask or those of encoder_attention_mask, which have the same "
+            "length; leave it out with capture(model, layers=PATTERN)"
+        )
+    return encoder
+
+
 @contextmanager
-def _attention_masks(model: nn.Module, layers: Collection[str]) -> Iterator[list[Tensor]]:
+def _attention_masks(model: nn.Module, layers: Collection[str]) -> Iterator[list[_Masks]]:
     """The 2-D attention masks of the modules that are running now, innermost last."""
-    masks: list[Tensor] = []
+    masks: list[_Masks] = []
     pushed: list[bool] = []
 
     def before(signature: inspect.Signature, bound: bool) -> Callable[..., None]:
         def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mask = kwargs.get("attention_mask")
-            if mask is None and args:  # passed by position
-                given = (module, *args) if bound else args
-                mask = signature.bind_partial(*given, **kwargs).arguments.get("attention_mask")
-            found = isinstance(mask, Tensor) and mask.dim() == 2
-            pushed.append(found)
-            if found:
-                masks.append(cast(Tensor, mask))
+            called = kwargs
+            if args:
+                called = signature.bind_partial(*((module, *args) if bound else args), **kwargs).arguments
+            mask, encoder = called.get("attention_mask"), called.get("encoder_attention_mask")
+            # Of another kind, (batch, 1, length, length) say, it tells nothing: what a module further out has counts.
+            tells = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+            pushed.append(tells)
+            if tells:
+                inputs = (called.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+                length = next((tensor.shape[:2] for tensor in inputs if isinstance(tensor, Tensor)), None)
+                given = encoder if isinstance(encoder, Tensor) and encoder.dim() == 2 else None
+                masks.append(_Masks(length if mask is None else mask, given))
 
         return push
 
@@ -180,7 +228,7 @@ def _attention_masks(model: nn.Module, layers: Collection[str]) -> Iterator[list
     with ExitStack() as stack:
         for module in _around(model, layers):
             function = getattr(module.forward, "__func__", None)  # none where an instance brings its own forward
-            signature = _signature(function or module.forward)
+            signature = _signature(function) if function else inspect.signature(module.forward)
             if "attention_mask" in signature.parameters:
                 push = before(signature, bound=function is not None)
                 stack.callback(module.register_forward_pre_hook(push, with_kwargs=True).remove)

@@ -113,6 +113,8 @@ class OwnLayer:
             replays: dict[str, Replay] = {}
 
             def again(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
+                for gone in [other for other, replay in replays.items() if replay.first() is None]:
+                    del replays[gone]
                 if torch.is_grad_enabled() and role in replays:
                     replays.pop(role)(activations)
                 if not replays:
@@ -144,10 +146,15 @@ class PeftLayer:
     def _check(self, role: str) -> None:
         """Raise ValueError for an adapter whose update is not a sum of the rank-1 parts of `lora_A` and `lora_B`."""
         module, why = self.module, ""
+        base = module.get_base_layer()
         if role in module.lora_variant:
             why = f"adapter {role!r} is a LoRA variant ({type(module.lora_variant[role]).__name__})"
-        elif role not in module.lora_A or not isinstance(module.lora_A[role], nn.Linear):
-            why = f"it adapts {type(module.get_base_layer()).__name__}, not a linear layer"
+        elif role not in module.lora_A or isinstance(base, nn.MultiheadAttention) or hasattr(module, "parameter_name"):
+            why = f"it adapts {type(base).__name__} in a way that never calls lora_A"
+        elif not isinstance(module.lora_A[role], nn.Linear):
+            why = f"its factors are {type(module.lora_A[role]).__name__}, not linear layers"
+        elif module.lora_B[role].bias is not None:
+            why = f"adapter {role!r} has lora_bias=True, and a bias is part of no subspace"
         if why:
             raise ValueError(f"cannot capture {self.name}: {why}; leave it out with capture(model, layers=PATTERN)")
 
@@ -172,7 +179,7 @@ class PeftLayer:
         replay = Replay(activations)
 
         def again(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or replay.first() is None:  # gone: the backward pass never came
                 handle.remove()
                 replay(output)
 

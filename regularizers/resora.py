@@ -71,7 +71,7 @@ class ReSoRA:
             close = difflib.get_close_matches(measure, REGULARIZERS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
             raise ValueError(f"unknown regularizer {measure!r}{hint} choose from {', '.join(REGULARIZERS)}")
-        if weight < 0:
+        if not weight >= 0:
             raise ValueError(f"weight is {weight}; expected 0 or more, since the penalty is minimised")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
@@ -100,6 +100,8 @@ class ReSoRA:
                 f"{self} needs subspaces captured with on={self.on!r}, samples={self.samples!r}, but these have "
                 f"on={subspaces.on!r}, samples={subspaces.samples!r}; use `with resora.capture(model) as subspaces:`"
             )
+        if isinstance(subspaces, Captured) and subspaces.open:
+            raise ValueError("subspaces are filled when the context is left: call the penalty behind the with block")
         pattern = layer_pattern(self.layers)
         chosen = [pair for name, pair in subspaces.items() if pattern.search(name)]
         if not chosen:
@@ -107,7 +109,8 @@ class ReSoRA:
                 "no subspaces to regularize: run the model, with its adapters switched on, inside "
                 "`with resora.capture(model) as subspaces:` first"
             )
-        values = torch.cat([self._values(layers) for layers in _alike(chosen)])
+        found = [self._values(layers) for layers in _alike(chosen)]
+        values = torch.cat([each.to(found[0].device) for each in found])
         return {f"resora_{self.measure}": self.weight * (values.mean() if self.reduction == "mean" else values.sum())}
 
     def _values(self, layers: list[Subspaces]) -> Tensor:

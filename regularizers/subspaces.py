@@ -30,3 +30,8 @@ class Captured(dict[str, Subspaces]):
         if samples not in SAMPLES:
             raise ValueError(f"samples is {samples!r}; expected one of {', '.join(SAMPLES)}")
         self.on, self.samples = on, samples
+        self.open = False
+
+    def close(self) -> None:
+        """What `capture` calls when its context is left."""
+        self.open = False

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from regularizers import ReSoRA
+
+
+class _Noted(NamedTuple):
+    """A part of the loss since it was logged last."""
+
+    total: Tensor
+    batches: int
+    last: Tensor
 
 
 class ReSoRAMixin:
@@ -29,7 +37,7 @@ class ReSoRAMixin:
     def __init__(self, *args: Any, regularizer: ReSoRA | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.regularizer = regularizer
-        self._noted: dict[str, list[Tensor]] = {}
+        self._noted: dict[str, _Noted] = {}
 
     part_prefix = ""
     """Before the name of each part in the log."""
@@ -71,12 +79,15 @@ class ReSoRAMixin:
     def note(self, parts: dict[str, Tensor]) -> None:
         """Keep the parts of one batch's loss for the log."""
         for name, part in parts.items():
-            self._noted.setdefault(name, []).append(part.detach())
+            before, last = self._noted.get(name), part.detach()
+            self._noted[name] = (
+                _Noted(before.total + last, before.batches + 1, last) if before else _Noted(last, 1, last)
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the trainer does, with the mean of each noted part of the loss since the last time."""
         if "loss" in logs:
-            logs |= {self.part_prefix + name: float(torch.stack(p).mean()) for name, p in self._noted.items()}
+            logs |= {self.part_prefix + name: float(p.total) / p.batches for name, p in self._noted.items()}
             self._noted = {}
         base: Any = super()
         base.log(logs, *args, **kwargs)

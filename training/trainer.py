@@ -119,7 +119,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
 
     def _check_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {float(parts[-1])}" for name, parts in self._noted.items())
+            values = ", ".join(f"{name} {float(part.last)}" for name, part in self._noted.items())
             raise FloatingPointError(
                 f"the loss at step {self.state.global_step} is not finite: {values}; lower the learning rate, "
                 "or train in float32 (trainer.precision=float32)"

@@ -25,7 +25,9 @@ class Records:
         self.all: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def of(self, job: Job) -> dict[str, Any] | None:
-        return next((record for record in self.all if _key(record) == job.key), None)
+        """The last record of a job, if it was run with the overrides that it has now."""
+        found = [record for record in self.all if _key(record) == job.key and record["overrides"] == job.overrides]
+        return found[-1] if found else None
 
     def add(self, record: dict[str, Any]) -> None:
         self.all.append(record)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from comparison.execute import Records, chosen_settings
-from comparison.plan import BASELINE, METHODS, TASKS, Job
+from comparison.plan import BASELINE, MEASURES, METHODS, TASKS, WEIGHTS, Job
 from eval.significance import PairedDifference, holm, paired_difference
 
 LEVEL = 0.05
@@ -24,22 +24,35 @@ here need not hold on VTAB-1K, Flickr30K or MSR-VTT.
 
 - Every method trains for the same epochs. "{baseline}" is LoRA for two stages without a penalty; each "+ measure" goes
   on from the same first stage with it. "head only" freezes the backbone; "full" trains all of it (digits: the last 4
-  blocks).
-- The weight (and the bandwidth of euclidean and nonlinear) of each measure was chosen on validation with seeds that are
-  not reported, from the grid in `scripts/comparison/plan.py`; on clips the choice of scenes is used.
+  blocks; scenes: the text side's, since the regions were encoded beforehand).
+- The weight of each measure was chosen on validation, by the mean over {selection} that are not reported, from
+  {weights}; after it, at that weight, the bandwidth of euclidean and nonlinear. On clips the choice of scenes is used.
+  The settings of LoRA and of full fine-tuning were not searched: penalties have three to five tries each, those none.
+  The learning rate of "head only" on digits was chosen by hand, on validation.
 - Scores are those of the test split after the last epoch: mean and standard deviation over the seeds.
-- "against {baseline}" is the mean difference with the same seed and its 95 % interval (Student's t); p is from the
-  paired t-test, corrected by Holm over the methods of a table. "detectable" is the smallest true difference that so
-  many seeds find in four of five repetitions (at p below {level}, uncorrected). A difference is called one only if the corrected p is below {level}.
+- "against {baseline}" is the mean difference with the same seed and its 95 % interval (Student's t). p is from the
+  paired t-test, corrected by Holm over the {penalties} penalties; a difference is called one only if it is below
+  {level}. "detectable" is the smallest true difference that so many seeds find in four of five repetitions after that
+  correction, at the spread that was observed.
 - Redundancy is the mean |cos| between the activations of two subspaces on validation data, after the first stage and
-  at the end.
+  at the end. It does not see B, and so not what cosine moves.
 """
 
 
 def write_page(records: Records, output: Path) -> None:
     """Write `<output>/results.md` and `<output>/results/stage2.svg` from what has been run so far."""
     tasks = [task for task in TASKS if _scores(records, task, BASELINE)]
-    parts = [HEAD.format(baseline=BASELINE, level=LEVEL)]
+    parts = [
+        HEAD.format(
+            baseline=BASELINE,
+            level=LEVEL,
+            penalties=len(MEASURES),
+            weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
+            selection=", ".join(
+                f"{len(t.selection_seeds)} seed(s) of {n}" for n, t in TASKS.items() if t.selection_seeds
+            ),
+        )
+    ]
     if tasks:
         stage_two_figure(records, tasks, output / "results" / "stage2.svg")
         parts.append(
@@ -61,28 +74,29 @@ def _section(records: Records, task: str) -> str:
         both = sorted(scores.keys() & baseline.keys()) if method != BASELINE else []
         difference = None
         if len(both) > 1:
-            difference = paired_difference([scores[seed] for seed in both], [baseline[seed] for seed in both])
+            difference = paired_difference(
+                [scores[seed] for seed in both], [baseline[seed] for seed in both], comparisons=len(MEASURES)
+            )
         if scores:
             rows.append((method, scores, difference))
-    corrected = holm([difference.p for _, _, difference in rows if difference])
+    penalties = [difference for method, _, difference in rows if difference and method.startswith("+ ")]
+    corrected = iter(holm([difference.p for difference in penalties]))
     header = ("method", TASKS[task].unit, f"against {BASELINE}", "p", "detectable", "redundancy", "settings", "trained")
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    verdicts, at = [], 0
+    verdicts = []
     for method, scores, difference in rows:
         chosen = settings.get(method.removeprefix("+ "), {}) if method.startswith("+ ") else {}
         cells = [method, _mean_and_deviation(list(scores.values()))]
         if difference is None:
             cells += ["", "", ""]
         else:
-            p = corrected[at]
-            at += 1
-            cells += [
-                f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]",
-                f"{p:.3f}",
-                f"{difference.detectable:.2f}",
-            ]
+            cells.append(f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]")
             if method.startswith("+ "):
+                p = next(corrected)
+                cells += [f"{p:.3f}", f"{difference.detectable:.2f}"]
                 verdicts.append(_verdict(method, difference, p))
+            else:
+                cells += ["", ""]
         some = [record for record in _records(records, task, method, chosen)]
         cells += [
             _redundancy(some),

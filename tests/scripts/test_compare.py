@@ -37,16 +37,24 @@ def test_every_job_is_a_valid_run_of_its_own(task: str) -> None:
 
 
 def fake_run(job: Job, runs: Path) -> dict[str, Any]:
-    """A score that is known: euclidean gains 2, linear's best weight is 0.1, the rest is noise of the seed."""
+    """Scores that are known: euclidean gains 2, linear's best weight is 0.1 on validation (on test it would be 0.001),
+    the rest is noise of the seed."""
     gain = {"+ euclidean": 2.0, "+ linear": job.settings.get("weight", 0) * 0.1}.get(job.method, 0.0)
     noise = {"+ euclidean": 0.05, "+ overlap": 1.0}.get(job.method, 0.3) * [0.3, -0.8, 0.9, -0.5, 0.1][job.seed % 5]
     score = 70 + job.seed % 7 + gain + noise
+    test = score - 2 * gain if job.method == "+ linear" else score
     return {
         "task": job.task, "method": job.method, "seed": job.seed, "settings": dict(job.settings),
-        "selection": job.selection, "validation": {"accuracy": score}, "test": {"accuracy": score},
+        "selection": job.selection, "validation": {"accuracy": score},
+        "test": None if job.selection else {"accuracy": test},
         "redundancy": {"before": 0.5, "after": 0.25} if job.method != "full" else None,
         "curve": [score - 3, score - 2, score - 1, score], "epochs": [2, 2], "evaluate_every": 1, "parameters": 1000,
+        "overrides": job.overrides,
     }  # fmt: skip
+
+
+def _job(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("task", "method", "seed", "settings", "selection")}
 
 
 @pytest.fixture
@@ -75,6 +83,10 @@ def test_finished_runs_are_not_repeated_and_validation_chooses(tmp_path: Path, l
     assert chosen_settings("digits", records)["linear"] == {"weight": 0.1}
     assert all(record["settings"]["weight"] == 0.1 for record in reported if record["method"] == "+ linear")
     first = launched.copy()
+    other = next(record for record in records.all if record["method"] == "+ linear")
+    assert records.of(first[0]) is not None and records.of(Job(**_job(other))) is not None
+    other["overrides"] = ["data=digits"]
+    assert records.of(Job(**_job(other))) is None, "a run with other overrides is another run"
     run_task("digits", Records(tmp_path / "runs.jsonl"), tmp_path, jobs=2)
     again = launched[len(first) :]
     assert all(job.method == BASELINE for job in again), "only stages that others go on from, whose files are not there"
@@ -89,10 +101,17 @@ def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) 
     assert "**+ euclidean** is better by" in text and "+ overlap: no difference was found" in text
 
     def scores(method: str) -> list[float]:
-        found = {record["seed"]: record["test"]["accuracy"] for record in records.all if record["method"] == method}
+        reported = (record for record in records.all if record["method"] == method and not record["selection"])
+        found = {record["seed"]: record["test"]["accuracy"] for record in reported}
         return [found[seed] for seed in TASKS["digits"].seeds]
 
-    test = stats.ttest_rel(scores("+ overlap"), scores(BASELINE))
+    tests = {measure: stats.ttest_rel(scores(f"+ {measure}"), scores(BASELINE)) for measure in MEASURES}
+    p_values = sorted((test.pvalue, measure) for measure, test in tests.items())
+    for step, (_, measure) in enumerate(p_values):
+        p = min(1.0, max(value * (5 - earlier) for earlier, (value, _) in enumerate(p_values[: step + 1])))
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| + {measure} "))
+        assert f"| {p:.3f} |" in row
+    test = tests["overlap"]
     low, high = test.confidence_interval(0.95)
     (row,) = (line for line in text.splitlines() if line.startswith("| + overlap"))
     mean = sum(scores("+ overlap")) / 10 - sum(scores(BASELINE)) / 10

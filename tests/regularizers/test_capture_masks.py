@@ -1,0 +1,164 @@
+"""Which tokens are samples where several masks, or none, are about; and what capture leaves behind."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from typing import Any
+
+import adapters  # noqa: F401  (before peft, which imports torchvision)
+
+# isort: split
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetModel,
+)
+
+from adapters import LoRA, inject
+from regularizers import ReSoRA, capture
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def clip() -> nn.Module:
+    config = CLIPConfig(
+        text_config=SMALL | {"vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49},
+        vision_config=SMALL | {"image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    return get_peft_model(CLIPModel(config), LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def t5() -> nn.Module:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return get_peft_model(T5ForConditionalGeneration(config), LoraConfig(r=2, target_modules=["v"]))
+
+
+def test_a_mask_of_the_text_tower_is_none_of_the_vision_towers() -> None:
+    ids, mask = torch.randint(0, 49, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    model = clip()  # whose vision tower has as many tokens: four patches and the class token
+    with capture(model) as subspaces:
+        model(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 8, 8))
+    rows = {name.split("base_model.model.")[1].split(".")[0]: len(p.activations) for name, p in subspaces.items()}
+    assert rows == {"text_model": 8, "vision_model": 10}
+
+
+def test_cross_attention_sees_the_encoders_tokens() -> None:
+    model, ids = t5(), torch.randint(1, 50, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    with capture(model) as subspaces:
+        model(input_ids=ids, attention_mask=mask, labels=torch.randint(1, 50, (2, 4)))
+    rows = {name.split(".block.")[1]: len(pair.activations) for name, pair in subspaces.items() if "decoder" in name}
+    assert rows == {"0.layer.0.SelfAttention.v.default": 8, "0.layer.1.EncDecAttention.v.default": 10}
+    with pytest.raises(ValueError, match="which have the same length"), capture(model):
+        model(input_ids=ids, attention_mask=mask, labels=torch.randint(1, 50, (2, 6)))
+
+
+def test_inputs_with_the_length_first_are_refused() -> None:
+    config = XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    model = inject(XLNetModel(config), LoRA(rank=2, targets=r"ff\.layer_1"))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with pytest.raises(ValueError, match=r"\(length, batch\) are not supported"), capture(model):
+        model(input_ids=torch.randint(0, 50, (2, 5)), attention_mask=mask)
+
+
+def test_an_item_of_padding_alone_has_no_mean() -> None:
+    bert = inject(BertModel(BertConfig(vocab_size=50, **SMALL), add_pooling_layer=False), LoRA(rank=2)).eval()
+    ids, mask = torch.randint(0, 50, (2, 4)), torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]])
+    with capture(bert, samples="mean") as subspaces:
+        bert(input_ids=ids, attention_mask=mask)
+    assert {len(pair.activations) for pair in subspaces.values()} == {1}
+
+
+# ---- what is refused
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def linear_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "why"),
+    [
+        (linear_layers, LoraConfig(r=2, target_modules=["0"], lora_bias=True), "a bias is part of no subspace"),
+        (Attention, LoraConfig(r=2, target_modules=["attention"]), "never calls lora_A"),
+        (linear_layers, LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]), "never calls lora_A"),
+        (linear_layers, AdaLoraConfig(init_r=2, target_modules=["0"], total_step=9), "not linear layers"),
+    ],
+)
+def test_updates_that_are_no_sum_of_captured_parts_are_refused(model: Any, config: Any, why: str) -> None:
+    adapted = get_peft_model(model(), config)
+    with pytest.raises(ValueError, match=f"cannot capture .*{why}"), capture(adapted):
+        pass
+
+
+def test_a_compiled_forward_is_refused() -> None:
+    model = inject(BertModel(BertConfig(vocab_size=50, **SMALL), add_pooling_layer=False), LoRA(rank=2))
+    block = model.encoder.layer[0]
+    block.forward = torch.compile(block.forward, backend="eager")
+    with pytest.raises(ValueError, match=r"encoder\.layer\.0 is compiled"), capture(model):
+        pass
+
+
+def test_the_penalty_inside_the_context_says_so() -> None:
+    model = inject(BertModel(BertConfig(vocab_size=50, **SMALL), add_pooling_layer=False), LoRA(rank=2))
+    resora = ReSoRA("linear")
+    with pytest.raises(ValueError, match="behind the with block"), resora.capture(model) as subspaces:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+        resora(subspaces)
+
+
+# ---- what is left behind
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_passes_without_a_graph_leave_no_hooks() -> None:
+    """As of a teacher: inside the context, but never repeated in a backward pass."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    before = hooks(model)
+    for _ in range(4):
+        with capture(model) as subspaces, torch.no_grad():
+            model(torch.randn(3, 4))
+        assert len(subspaces) == 1
+        del subspaces
+    model(torch.randn(3, 4))
+    assert hooks(model) == before
+
+
+def test_nothing_is_held_of_a_model_that_is_gone() -> None:
+    """Also where an instance brings its own forward, as accelerate's offloading does."""
+    model = inject(BertModel(BertConfig(vocab_size=50, **SMALL), add_pooling_layer=False), LoRA(rank=2))
+    model.forward = functools.partial(type(model).forward, model)
+    with capture(model) as subspaces:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    activations = weakref.ref(next(iter(subspaces.values())).activations)
+    model_is = weakref.ref(model)
+    del subspaces
+    gc.collect()
+    assert activations() is None
+    del model
+    gc.collect()
+    assert model_is() is None
