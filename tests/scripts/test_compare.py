@@ -40,7 +40,9 @@ def fake_run(job: Job, runs: Path) -> dict[str, Any]:
     """Scores that are known: euclidean gains 2, linear's best weight is 0.1 on validation (on test it would be 0.001),
     the rest is noise of the seed."""
     gain = {"+ euclidean": 2.0, "+ linear": job.settings.get("weight", 0) * 0.1}.get(job.method, 0.0)
-    noise = {"+ euclidean": 0.05, "+ cosine": 0.4, "+ nonlinear": 0.2, "+ overlap": 1.0}.get(job.method, 0.3) * [
+    noise = {"+ euclidean": 0.05, "+ linear": 0.5, "+ cosine": 0.4, "+ nonlinear": 0.2, "+ overlap": 1.0}.get(
+        job.method, 0.3
+    ) * [
         0.3,
         -0.8,
         0.9,
