@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_target(output, ".png", "--output")
     if arguments.csv:
         check_target(arguments.csv, ".csv", "--csv")
-    stored = [stored_subspaces(adapter_of(path)) for path in paths]
+    stored = one_naming([finite(path, stored_subspaces(adapter_of(path))) for path in paths])
     drawn = layers_to_draw(stored, paths, arguments.layer)
 
     measured = measure(paths, stored)
@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.csv.write_text(csv_of(diagnoses), encoding="utf-8")
         print(f"table      {arguments.csv}")
     if not drawn:
-        print("no heat map: every layer has rank 1, so there is no pair of subspaces")
+        print("no heat map: no layer has a pair of subspaces" + (" in both" if len(paths) > 1 else ""))
         return
     on, maps = heat_maps(paths, measured, drawn)
     output.write_bytes(to_png(redundancy_figure(*panels(on, maps, drawn), LIGHT)))
@@ -111,6 +111,26 @@ def check_target(path: Path, suffix: str, option: str) -> None:
         raise ValueError(f"{option} is {path}; expected the name of a {suffix} file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} is {path}, but there is no folder {path.parent}; make it first")
+
+
+def finite(path: Path, stored: StoredSubspaces) -> StoredSubspaces:
+    for name, pair in stored.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in pair):
+            raise ValueError(f"{path} holds values of {name} that are not finite: its training diverged")
+    return stored
+
+
+def one_naming(stored: Sequence[StoredSubspaces]) -> list[StoredSubspaces]:
+    """Layers under one name where only our role sets a file of this suite, "query.q", apart from PEFT's, "query"."""
+    names = set.intersection(*map(set, stored))
+    plain = [[name.rpartition(".")[0] for name in file] for file in stored]
+    if names:
+        return list(stored)
+    for ours, short in zip(stored, plain, strict=True):
+        if len(set(short)) == len(short) and any(set(short) & set(file) for file in stored if file is not ours):
+            renamed = StoredSubspaces(dict(zip(short, ours.values(), strict=True)), ours.rest)
+            return [renamed if file is ours else file for file in stored]
+    return list(stored)
 
 
 def layers_to_draw(stored: Sequence[StoredSubspaces], paths: Sequence[Path], pattern: str | None) -> list[str]:
@@ -174,7 +194,7 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if threads := (read_json(run / "run.json") or {}).get("threads"):
         torch.set_num_threads(threads)
-    name = config["data"]["name"]
+    name = (config.get("data") or {}).get("name") if isinstance(config, dict) else None
     if name not in {**RETRIEVAL, **CLASSIFICATION}:
         raise ValueError(f"{run} has data={name}, which no task here knows; for weights, name {run / ADAPTER}")
     try:

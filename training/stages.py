@@ -218,7 +218,8 @@ def _arguments(
         save_strategy="epoch",
         save_total_limit=2 if recipe.selection == "validation" else 1,
         load_best_model_at_end=recipe.selection == "validation",
-        metric_for_best_model=metric,
+        # Named otherwise, transformers would keep the best epoch's checkpoint in place of the last.
+        metric_for_best_model=metric if recipe.selection == "validation" else None,
         greater_is_better=True,
         remove_unused_columns=False,
         label_names=[],

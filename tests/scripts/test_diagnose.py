@@ -145,12 +145,39 @@ def test_a_peft_folder(diagnose: ModuleType, tmp_path: Path, capsys: pytest.Capt
     assert "not in the table: 2 tensors" in printed and "lora_embedding_A" in printed
 
 
+def test_ours_beside_pefts(diagnose: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """PEFT names the layer, we the target in it too: the same layers all the same."""
+    import peft
+
+    bert = BertModel(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    )
+    peft.get_peft_model(bert, peft.LoraConfig(r=3, target_modules=["query"])).save_pretrained(tmp_path / "peft")
+    ours = adapter_file(tmp_path / "a.safetensors")
+    output = ["--output", str(tmp_path / "x.png")]
+    for pair in ([ours, tmp_path / "peft"], [tmp_path / "peft", ours]):
+        diagnose.main(diagnose.parse([*map(str, pair), *output]))
+        printed = capsys.readouterr().out
+        assert "heat maps" in printed and printed.count("encoder.layer.1.attention.self.query ") == 2
+
+
+def test_values_that_are_not_finite_are_named(diagnose: ModuleType, tmp_path: Path) -> None:
+    path = adapter_file(tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors[f"{LAYER.removesuffix('.v')}.branches.v.B"][0, 0] = float("nan")
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match="not finite: its training diverged"):
+        diagnose.main(diagnose.parse([str(path), "--output", str(tmp_path / "x.png")]))
+
+
 def test_rank_one_has_no_pair(diagnose: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = adapter_file(tmp_path / "a.safetensors", rank=1)
     diagnose.main(diagnose.parse([str(path), "--layer", "q", "--output", str(tmp_path / "x.png")]))
     printed = capsys.readouterr().out
     assert table(printed)["mean"] == ["-", "1.00", "0.00", "1.00"]
-    assert "no heat map: every layer has rank 1" in printed and not (tmp_path / "x.png").exists()
+    assert "no heat map: no layer has a pair of subspaces" in printed and not (tmp_path / "x.png").exists()
 
 
 @pytest.fixture(scope="module")

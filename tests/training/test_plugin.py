@@ -68,11 +68,19 @@ def over_all_items(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> 
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
-@pytest.mark.parametrize("loss", [None, over_all_items], ids=["mean of a batch", "scaled by all accumulated items"])
+@pytest.mark.parametrize(
+    ("loss", "takes_items"),
+    [(None, False), (None, True), (over_all_items, False)],
+    ids=["mean of a batch", "a model that ignores the number of items", "scaled by all accumulated items"],
+)
 def test_the_optimizer_gets_the_gradient_of_loss_plus_penalty_over_accumulated_batches(
-    tmp_path: Path, loss: Any
+    tmp_path: Path, loss: Any, takes_items: bool
 ) -> None:
-    """Two accumulated batches of two, one step of plain SGD, against a loop of our own."""
+    """Two accumulated batches of two, one step of plain SGD, against a loop of our own.
+
+    BERT's classifier takes num_items_in_batch and ignores it: transformers then adds its losses up instead of averaging
+    them. The penalties are averaged in any case.
+    """
     data = dataset(4)
     resora = ReSoRA("overlap", weight=0.7)
     expected = peft_model().double().train()
@@ -80,7 +88,7 @@ def test_the_optimizer_gets_the_gradient_of_loss_plus_penalty_over_accumulated_b
     for batch in (data[:2], data[2:]):
         with resora.capture(expected) as subspaces:
             output = expected(**{key: torch.stack([item[key] for item in batch]) for key in batch[0]})
-        losses.append(output.loss + sum(resora(subspaces).values()))
+        losses.append((output.loss * 2 if takes_items else output.loss) + sum(resora(subspaces).values()))
     torch.stack(losses).mean().backward()
     with torch.no_grad():
         for parameter in expected.parameters():
@@ -99,8 +107,8 @@ def test_the_optimizer_gets_the_gradient_of_loss_plus_penalty_over_accumulated_b
         regularizer=resora,
         compute_loss_func=loss,
     )
-    # BERT's classifier takes num_items_in_batch and ignores it, so transformers would add losses up, not average them
-    trainer.model_accepts_loss_kwargs = False
+    assert trainer.model_accepts_loss_kwargs
+    trainer.model_accepts_loss_kwargs = takes_items
     trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
     trainer.train()
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):

@@ -22,14 +22,17 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("epoch", "adapter"), [(2, "lora"), (4, "lora"), (2, "adalora")])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, epoch: int, adapter: str) -> None:
+@pytest.mark.parametrize(
+    ("epoch", "adapter", "restart"),
+    [(2, "lora", True), (4, "lora", True), (2, "adalora", True), (2, "lora", False), (4, "lora", False)],
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, epoch: int, adapter: str, restart: bool) -> None:
     torch.set_num_threads(1)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    script = [sys.executable, tiny.__file__, str(killed), str(epoch), adapter]
+    script = [sys.executable, tiny.__file__, str(killed), str(epoch), adapter, str(restart)]
     assert subprocess.run(script, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert not (killed / "checkpoints/regularize/history.json").exists()
-    resumed, uninterrupted = tiny.train(killed, adapter=adapter), tiny.train(whole, adapter=adapter)
+    resumed, uninterrupted = (tiny.train(folder, adapter=adapter, restart=restart) for folder in (killed, whole))
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     without_score = [{k: v for k, v in line.items() if k != "validation"} for line in lines(killed)]

@@ -97,4 +97,4 @@ def train(
 if __name__ == "__main__":
     assert adapters
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), int(sys.argv[2]), adapter=sys.argv[3])
+    train(Path(sys.argv[1]), int(sys.argv[2]), adapter=sys.argv[3], restart=sys.argv[4] == "True")
