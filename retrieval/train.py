@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters import adapter_parameters, save
+from adapters import save
 from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
+from regularizers.layers import low_rank_layers
 from retrieval.assemble import assemble, check_recipe
 from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
@@ -68,8 +69,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     probed: list[dict[str, Subspaces]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
-        if adapter_parameters(trained):
-            probed.append(probe(model, validation, captions["validation"]))
+        probed.append(probe(model, validation, captions["validation"]))
 
     with clock(run, "train"):
         run_stages(
@@ -111,9 +111,12 @@ def train(config: Mapping[str, Any]) -> RunFolder:
 
 
 def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> dict[str, Subspaces]:
-    """The subspaces of every adapted layer on the first pairs of a split, without dropout."""
+    """The subspaces of every low-rank layer on the first pairs of a split, without dropout; {} where there is none."""
+    if not low_rank_layers(model):
+        return {}  # before any video is decoded
     images = range(min(PROBE, len(data)))
     first_caption = [int((data.image_of_caption == image).argmax()) for image in images]
     batch = model.collate_visual([data.visual(image) for image in images])
     batch |= collate_text([captions.ids[caption] for caption in first_caption], model.text_length)
-    return subspaces_on(model, batch)
+    device = next(model.parameters()).device
+    return subspaces_on(model, {name: tensor.to(device) for name, tensor in batch.items()})

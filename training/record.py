@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adapters import adapter_parameters, trainable_parameters
 from regularizers import Subspaces, capture, mean_redundancy, redundancy
+from regularizers.layers import low_rank_layers
 from training.experiment import BaseExperiment
 from training.hardware import Hardware, choose_hardware
 from training.run import RunFolder, environment
@@ -78,7 +79,12 @@ def clock(run: RunFolder, part: str) -> Iterator[None]:
 
 @torch.no_grad()
 def subspaces_on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Subspaces]:
-    """The subspaces of every adapted layer on one batch (the arguments of the model's forward), without dropout."""
+    """The subspaces of every low-rank layer on one batch (the arguments of the model's forward), without dropout.
+
+    {} for a model without such a layer: many adapters have none.
+    """
+    if not low_rank_layers(model):
+        return {}
     was_training = model.training
     model.eval()
     with capture(model) as subspaces:

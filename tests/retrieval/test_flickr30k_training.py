@@ -14,21 +14,25 @@ from region_folders import WORDS, features_of, write_folder, write_split
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
+from adapters import LoRA, inject
 from retrieval.batch import Augmentation, Captions, TrainingPairs
 from retrieval.data import Flickr30K
 from retrieval.models import bert
-from retrieval.train import train
+from retrieval.train import probe, train
+from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
+from training.experiment import LOW_RANK
 from training.optimizers import LearningRates, parameter_groups
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-from command_line import compose, mistakes_in_one_line  # noqa: E402
+from command_line import CONF, compose, mistakes_in_one_line  # noqa: E402
 
-COMMON = (
-    "data=flickr30k", "data.counts=any", "model=vse_infty_base", "loss=triplet", "model.embed_dim=16",
-    "model.hidden_dim=8", "adapter.rank=2", "trainer.batch_size=16", "trainer.workers=0", "trainer.threads=1",
-    "trainer.precision=float32", "trainer.stages.adapt.epochs=1", "trainer.stages.regularize.epochs=1",
+SMALL = (
+    "data.counts=any", "model.embed_dim=16", "model.hidden_dim=8", "trainer.batch_size=16", "trainer.workers=0",
+    "trainer.threads=1", "trainer.precision=float32", "trainer.stages.adapt.epochs=1",
+    "trainer.stages.regularize.epochs=1",
 )  # fmt: skip
+COMMON = ("data=flickr30k", "model=vse_infty_base", "loss=triplet", "adapter.rank=2", *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,20 @@ def test_train(layout: str, bert_folder: Path, tmp_path: Path) -> None:
     log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in log} == {"adapt", "regularize"}
     assert any("triplet" in line.get("parts", {}) for line in log)
+
+
+@pytest.mark.parametrize("row", sorted(path.stem for path in (CONF / "table1").glob("flickr30k_*.yaml")))
+def test_a_row_of_table_1(row: str, bert_folder: Path, tmp_path: Path) -> None:
+    """Each of them trains to its metrics; redundancy is among these where the adapter has subspaces."""
+    write_folder(tmp_path / "flickr30k", regions=3)
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    small = [setting for setting in SMALL if not setting.startswith("model.embed_dim")]  # rows give their output's size
+    config = compose("train_retrieval", [f"table1={row}", *small, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"])
+    run = train(config)
+    metrics = run.read_json("metrics.json")
+    low_rank = config["adapter"]["name"] in LOW_RANK
+    assert ("redundancy" in metrics) == (run.path / "redundancy.json").is_file() == low_rank
+    assert (run.path / "report.html").is_file() and metrics["test"]["rsum"] > 0
 
 
 def test_one_option_has_the_published_code_back() -> None:
@@ -141,6 +159,15 @@ def test_weight_decay_on_everything_as_published() -> None:
     for everything, decays in ((False, {0.0: 3, 0.5: 1}), (True, {0.5: 4})):
         groups = parameter_groups(model, LearningRates(weight_decay=0.5, decay_vectors=everything), heads=("0", "1"))
         assert {group["weight_decay"]: len(group["params"]) for group in groups} == decays
+
+
+def test_a_probe_goes_to_the_device_of_the_model(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a training on a GPU; "meta" stands for it."""
+    encoder, tokenizer = bert(str(bert_folder), bert_folder)
+    model = inject(VSEInfinity(encoder, 3, VSEInfinityConfig(embed_dim=16, hidden_dim=8)), LoRA(rank=2)).to("meta")
+    monkeypatch.setattr("retrieval.train.subspaces_on", lambda model, batch: batch)
+    batch = probe(model, Data(), Captions(Data.captions, tokenizer))
+    assert batch.keys() >= {"regions", "input_ids"} and {tensor.device.type for tensor in batch.values()} == {"meta"}
 
 
 # ---- the commands
