@@ -19,6 +19,7 @@ from classification.experiment import Experiment
 from eval import chance_accuracy
 from regularizers import Subspaces
 from training import RunFolder, Stage, run_stages
+from training.hardware import check_devices
 from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
 
 
@@ -40,6 +41,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     if run.finished:
         return run
 
+    check_devices()
     with clock(run, "load data and encoder"):
         data, splits, model = assemble(experiment)
     run.begin(config)

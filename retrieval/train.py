@@ -23,6 +23,7 @@ from retrieval.gather import rank
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, Stage, run_stages
+from training.hardware import check_devices
 from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
 
 
@@ -46,6 +47,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             write_report(run.path)
         return run
 
+    check_devices()
     with clock(run, "load data and encoders"):
         splits, model, captions = assemble(experiment)
         check_recipe(experiment, model, captions["train"])

@@ -192,3 +192,13 @@ def test_a_missing_bert_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.text=.*bert-base-uncased: expected 'minilm' or a folder"):
         train(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_gpus_in_one_process_are_refused_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 GPUs in one process"):
+        train(compose("train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"]))
+    assert not (tmp_path / "runs").exists()

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from training import Recipe, RunFolder, Stage
+from training.hardware import check_devices
 
 
 def lines(folder: Path) -> list[dict]:
@@ -75,6 +76,18 @@ def test_too_little_data_is_refused_before_training(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="4 training items make no batch of 5"):
         tiny.train(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_gpus_in_one_process_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"4 GPUs .*CUDA_VISIBLE_DEVICES=0.*torchrun --nproc_per_node 4"):
+        tiny.train(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("LOCAL_RANK", "3")  # as torchrun sets it
+    check_devices()
 
 
 def test_bfloat16_trains_without_an_accelerator(tmp_path: Path) -> None:
