@@ -105,9 +105,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         encoded = encode(model, test, captions["test"], precision=precision)
         metrics["test"] = encoded.metrics(test.image_of_caption)
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
-        save_showcase(run, test, encoded)
         metrics |= record_redundancy(run, probed)
-    run.write_json("metrics.json", metrics)
+    run.write_json("metrics.json", metrics)  # from here on the run is finished: nothing for people may lose its numbers
+    save_showcase(run, test, encoded)
     write_report(run.path)
     return run
 

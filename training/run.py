@@ -23,8 +23,9 @@ FINISHED = "metrics.json"
 class RunFolder:
     """The folder of one run, `<root>/<task>/<data>/<model>/<adapter>/<regularizer>/seed<k>`.
 
-    Files are written atomically, `metrics.json` last: where it is, the run is finished. Starting a run in a folder that
-    another configuration began is refused.
+    Files are written atomically, `metrics.json` when all that was trained is on the disk: where it is, the run is
+    finished, and only what people look at (the report with its pictures) may come later. Starting a run in a folder
+    that another configuration began is refused.
     """
 
     def __init__(self, path: Path) -> None:

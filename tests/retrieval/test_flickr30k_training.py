@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from region_folders import WORDS, features_of, write_folder, write_split
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
@@ -86,6 +87,34 @@ def test_a_row_of_table_1(row: str, bert_folder: Path, tmp_path: Path) -> None:
     low_rank = config["adapter"]["name"] in LOW_RANK
     assert ("redundancy" in metrics) == (run.path / "redundancy.json").is_file() == low_rank
     assert (run.path / "report.html").is_file() and metrics["test"]["rsum"] > 0
+
+
+def test_a_damaged_picture_is_a_grey_square_of_the_report(
+    bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "flickr30k", (24, 8, 5), regions=3)  # each of the five is shown
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2000, 2005):
+        Image.effect_noise((40, 40), 64).save(pictures / f"{number}.jpg")
+    (pictures / "2001.jpg").write_bytes(b"<html>not found</html>")
+    (pictures / "2002.jpg").write_bytes((pictures / "2003.jpg").read_bytes()[:-200])
+    config = compose(
+        "train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}", f"data.pictures={pictures}"]
+    )
+    run = train(config)
+    assert "2 of 5 pictures for the report cannot be read" in capsys.readouterr().out
+    assert len(list((run.path / "thumbnails").iterdir())) == 5 and (run.path / "report.html").is_file()
+    assert (run.path / "thumbnails" / "1.png").read_bytes() != (run.path / "thumbnails" / "2.png").read_bytes()
+
+    # Whatever else befalls the report, the numbers are on the disk by then.
+    other = config | {"runs": str(tmp_path / "others")}
+    monkeypatch.setattr("retrieval.train.save_showcase", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(other)
+    again = train(other)
+    assert again.finished and (again.path / "report.html").is_file()
 
 
 def test_one_option_has_the_published_code_back() -> None:
