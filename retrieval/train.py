@@ -19,12 +19,12 @@ from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
-from retrieval.gather import rank
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
+from training.run import is_first_process
 
 
 def train(config: Mapping[str, Any]) -> RunFolder:
@@ -95,7 +95,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
             after_stage=after_stage,
         )
-    if rank() == 0:
+    if is_first_process():
         save(model, run.path / "adapter.safetensors")
 
     with clock(run, "evaluate"):
@@ -107,8 +107,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
         metrics |= record_redundancy(run, probed)
     run.write_json("metrics.json", metrics)  # from here on the run is finished: nothing for people may lose its numbers
-    save_showcase(run, test, encoded)
-    write_report(run.path)
+    if is_first_process():
+        save_showcase(run, test, encoded)
+        write_report(run.path)
     return run
 
 

@@ -115,6 +115,11 @@ class RunFolder:
         return self.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that writes what is written once; torchrun numbers them before they are connected."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
