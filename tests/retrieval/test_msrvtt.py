@@ -266,11 +266,16 @@ def test_without_files_it_says_what_to_get(tmp_path: Path) -> None:
         ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo66\n", "no sentence on 1 videos of the list, video66"),
         ("MSRVTT_data.json", '{"sentence": []}', "is not of the form"),
         ("MSRVTT_data.json", "[1", "is not of the form"),
+        ("MSRVTT_data.json", "", r"MSRVTT_data\.json is not of the form .*Replace it with the published file"),
+        ("MSRVTT_data.json", "caf\xe9", r"MSRVTT_data\.json is not of the form .*UnicodeDecodeError"),
+        ("MSRVTT_train.9k.csv", "", r"MSRVTT_train\.9k\.csv is no table .*EmptyDataError.*published file"),
+        ("MSRVTT_train.9k.csv", "video_id\ncaf\xe9\n", r"MSRVTT_train\.9k\.csv is no table .*UnicodeDecodeError"),
+        ("MSRVTT_train.9k.csv", 'video_id\n"video1\n', r"MSRVTT_train\.9k\.csv is no table .*ParserError"),
     ],
 )
 def test_files_of_another_form(sound: Path, tmp_path: Path, file: str, content: str, message: str) -> None:
     shutil.copytree(sound / "msrvtt", tmp_path / "msrvtt")
-    (tmp_path / "msrvtt" / file).write_text(content)
+    (tmp_path / "msrvtt" / file).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         MSRVTT(tmp_path, "train", **{**SMALL, "validation": 1})
 
