@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from adapters import LoRA, inject
 from retrieval.batch import Augmentation, Captions, TrainingPairs
 from retrieval.data import Flickr30K
+from retrieval.experiment import Experiment
 from retrieval.models import bert
 from retrieval.train import probe, train
 from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
@@ -134,6 +135,17 @@ def test_one_option_has_the_published_code_back() -> None:
     assert default == compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base", "protocol=mended"])
 
 
+@pytest.mark.parametrize(
+    "more", [("data=msrvtt", "model=clip4clip_vit_b32"), ("data=openmoji_clips", "model=clip4clip")]
+)
+def test_the_protocol_is_refused_where_it_would_do_nothing(more: tuple[str, ...]) -> None:
+    Experiment.of(compose("train_retrieval", [*more]))
+    with pytest.raises(
+        ValueError, match=r"protocol=as_published .*model=clip4clip has none of it; use protocol=mended"
+    ):
+        Experiment.of(compose("train_retrieval", [*more, "protocol=as_published"]))
+
+
 @pytest.mark.parametrize("data", ["flickr30k", "coco"])
 def test_the_published_recipe(data: str) -> None:
     """VSE-infinity's script for region features."""
@@ -220,6 +232,15 @@ def test_a_missing_bert_folder_is_named(tmp_path: Path) -> None:
     config = compose("train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"])
     with pytest.raises(FileNotFoundError, match=r"model\.text=.*bert-base-uncased: expected 'minilm' or a folder"):
         train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_chunks_of_a_batch_norm_are_refused_before_the_run_begins(bert_folder: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "flickr30k", regions=2)
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    more = (f"root={tmp_path}", f"runs={tmp_path / 'runs'}", "trainer.chunk_size=4")
+    with pytest.raises(ValueError, match="chunk_size does not go with the batch norm"):
+        train(compose("train_retrieval", [*COMMON, *more]))
     assert not (tmp_path / "runs").exists()
 
 
