@@ -15,7 +15,7 @@ from region_folders import WORDS, features_of, write_folder, write_split
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-from adapters import LoRA, inject
+from adapters import Full, LoRA, inject
 from retrieval.batch import Augmentation, Captions, TrainingPairs
 from retrieval.data import Flickr30K
 from retrieval.experiment import Experiment
@@ -200,6 +200,19 @@ def test_weight_decay_on_everything_as_published() -> None:
     for everything, decays in ((False, {0.0: 3, 0.5: 1}), (True, {0.5: 4})):
         groups = parameter_groups(model, LearningRates(weight_decay=0.5, decay_vectors=everything), heads=("0", "1"))
         assert {group["weight_decay"]: len(group["params"]) for group in groups} == decays
+
+
+def test_the_parts_of_vse_infinity_have_their_rates(bert_folder: Path) -> None:
+    encoder, _ = bert(str(bert_folder), bert_folder)
+    model = VSEInfinity(encoder, 3, VSEInfinityConfig(embed_dim=16, hidden_dim=8))
+    inject(model, Full(), train=model.heads)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parts: dict[float, set[str]] = {}
+    for group in parameter_groups(model, LearningRates(adapter=3.0, head=2.0, backbone=1.0), model.heads):
+        found = {".".join(names[parameter].split(".")[:2]) for parameter in group["params"]}
+        parts[group["lr"]] = parts.get(group["lr"], set()) | found
+    assert parts[1.0] == {"text.bert"} and parts.keys() == {1.0, 2.0}
+    assert "text.linear" in parts[2.0] and any(part.startswith("image.") for part in parts[2.0])
 
 
 def test_a_probe_goes_to_the_device_of_the_model(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
