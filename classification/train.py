@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from adapters import adapter_parameters, save
+from adapters import save
 from classification.assemble import assemble
 from classification.data import SPLITS, ClassificationDataset
 from classification.evaluate import evaluate
@@ -19,6 +19,7 @@ from classification.experiment import Experiment
 from eval import chance_accuracy
 from regularizers import Subspaces
 from training import RunFolder, Stage, run_stages
+from training.hardware import check_devices
 from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
 
 
@@ -40,6 +41,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     if run.finished:
         return run
 
+    check_devices()
     with clock(run, "load data and encoder"):
         data, splits, model = assemble(experiment)
     run.begin(config)
@@ -62,9 +64,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     probed: list[dict[str, Subspaces]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
-        if adapter_parameters(trained):
-            device = next(trained.parameters()).device
-            probed.append(subspaces_on(model, {"tokens": validation.tokens[:PROBE].to(device)}))
+        device = next(trained.parameters()).device
+        probed.append(subspaces_on(model, {"tokens": validation.tokens[:PROBE].to(device)}))
 
     with clock(run, "train"):
         run_stages(

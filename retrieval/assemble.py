@@ -14,6 +14,7 @@ from retrieval.data import DATASETS, SPLITS, RetrievalDataset
 from retrieval.experiment import Experiment
 from retrieval.model import RetrievalModel
 from retrieval.models import build_model
+from training.chunked import check_chunkable
 
 
 def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
@@ -42,6 +43,8 @@ def check_recipe(experiment: Experiment, model: RetrievalModel, captions: Captio
             "trainer.chunk_size needs a loss of separate embeddings, but model.head=tightTransf compares sentence and "
             "clip inside the model; use trainer.chunk_size=null or another head"
         )
+    if experiment.recipe.chunk_size is not None:
+        check_chunkable(model)
     if experiment.augmentation and experiment.augmentation.change_words and captions.mask_id is None:
         raise ValueError("CLIP's tokenizer has no mask token to augment words with; use trainer.augmentation=null")
 

@@ -31,6 +31,12 @@ class Experiment(BaseExperiment):
             ValueError: for a name or value that does not exist; the message says what does.
         """
         settings = shared_settings(config, datasets=DATASETS, models=MODELS)
+        protocol, model = config.get("protocol", {}).get("name", "mended"), settings["model"]["name"]
+        if protocol != "mended" and model != "vse_infty":
+            raise ValueError(
+                f"protocol={protocol} has the mistakes of VSE-infinity's published code back, and model={model} has "
+                "none of them; use protocol=mended"
+            )
         trainer, augmentation = config["trainer"], config["trainer"].get("augmentation")
         if trainer["pairing"] not in PAIRINGS:
             raise ValueError(f"trainer.pairing is {trainer['pairing']!r}; expected one of {', '.join(PAIRINGS)}")

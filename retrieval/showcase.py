@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
 
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import Encoded
+from retrieval.regions.pictures import SIDE, placeholder
 from training import RunFolder
 
 
 def save_showcase(run: RunFolder, data: RetrievalDataset, encoded: Encoded, *, queries: int = 12, k: int = 5) -> None:
     """Write retrieved.json and thumbnails/ of a run.
 
-    The queries are evenly spaced over the split's captions, chosen before anything is retrieved.
+    The queries are evenly spaced over the split's captions, chosen before anything is retrieved. An item whose picture
+    cannot be read is a grey square with its number; how many there are is printed.
     """
     k = min(k, len(data))
     chosen = np.unique(np.linspace(0, len(encoded.texts) - 1, queries).astype(np.int64))
@@ -30,9 +34,22 @@ def save_showcase(run: RunFolder, data: RetrievalDataset, encoded: Encoded, *, q
     ]
     folder = run.path / "thumbnails"
     folder.mkdir(parents=True, exist_ok=True)
-    for item in np.unique(items):
-        pictures = data.thumbnails(int(item))
+    shown, unreadable = np.unique(items).tolist(), list[str]()
+    for item in shown:
+        try:
+            pictures = _small(data.thumbnails(item))
+        except Exception as error:  # whatever Pillow's decoders raise, it is the file's fault
+            unreadable.append(" ".join(f"item {item}, {type(error).__name__}: {error}".split()))
+            pictures = [placeholder(item)]
         for frame, picture in enumerate(pictures):
-            name = f"{item}.png" if len(pictures) == 1 else f"{item}_{frame}.png"
-            picture.convert("RGB").resize((96, 96)).save(folder / name)
+            picture.save(folder / (f"{item}.png" if len(pictures) == 1 else f"{item}_{frame}.png"))
+    if unreadable:
+        tqdm.write(
+            f"{len(unreadable)} of {len(shown)} pictures for the report cannot be read and are grey squares in it "
+            f"({unreadable[0]})"
+        )
     run.write_json("retrieved.json", {"k": k, "queries": records})
+
+
+def _small(pictures: list[Image.Image]) -> list[Image.Image]:
+    return [picture.convert("RGB").resize((SIDE, SIDE)) for picture in pictures]

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters import adapter_parameters, save
+from adapters import save
 from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
+from regularizers.layers import low_rank_layers
 from retrieval.assemble import assemble, check_recipe
 from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
-from retrieval.gather import rank
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, Stage, run_stages
+from training.hardware import check_devices
 from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
+from training.run import is_first_process
 
 
 def train(config: Mapping[str, Any]) -> RunFolder:
@@ -45,6 +47,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             write_report(run.path)
         return run
 
+    check_devices()
     with clock(run, "load data and encoders"):
         splits, model, captions = assemble(experiment)
         check_recipe(experiment, model, captions["train"])
@@ -68,8 +71,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     probed: list[dict[str, Subspaces]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
-        if adapter_parameters(trained):
-            probed.append(probe(model, validation, captions["validation"]))
+        probed.append(probe(model, validation, captions["validation"]))
 
     with clock(run, "train"):
         run_stages(
@@ -93,7 +95,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
             after_stage=after_stage,
         )
-    if rank() == 0:
+    if is_first_process():
         save(model, run.path / "adapter.safetensors")
 
     with clock(run, "evaluate"):
@@ -103,17 +105,21 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         encoded = encode(model, test, captions["test"], precision=precision)
         metrics["test"] = encoded.metrics(test.image_of_caption)
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
-        save_showcase(run, test, encoded)
         metrics |= record_redundancy(run, probed)
-    run.write_json("metrics.json", metrics)
-    write_report(run.path)
+    run.write_json("metrics.json", metrics)  # from here on the run is finished: nothing for people may lose its numbers
+    if is_first_process():
+        save_showcase(run, test, encoded)
+        write_report(run.path)
     return run
 
 
 def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> dict[str, Subspaces]:
-    """The subspaces of every adapted layer on the first pairs of a split, without dropout."""
+    """The subspaces of every low-rank layer on the first pairs of a split, without dropout; {} where there is none."""
+    if not low_rank_layers(model):
+        return {}  # before any video is decoded
     images = range(min(PROBE, len(data)))
     first_caption = [int((data.image_of_caption == image).argmax()) for image in images]
     batch = model.collate_visual([data.visual(image) for image in images])
     batch |= collate_text([captions.ids[caption] for caption in first_caption], model.text_length)
-    return subspaces_on(model, batch)
+    device = next(model.parameters()).device
+    return subspaces_on(model, {name: tensor.to(device) for name, tensor in batch.items()})

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from training.run import RunFolder
+from training.run import RunFolder, is_first_process
 
 
 def print_summary(run: RunFolder, render: Callable[[Mapping[str, Any]], str], place: str) -> None:
-    """The table, what trained, redundancy before and after, seconds, and where to look.
+    """The table, what trained, redundancy before and after, seconds, and where to look; once for all processes.
 
     Args:
         run: a finished run.
         render: the content of metrics.json -> the task's table.
         place: the last line, "report <path>" say.
     """
+    if not is_first_process():
+        return
     metrics, described = run.read_json("metrics.json"), run.read_json("run.json")
     trained, total = described["trained_parameters"], described["total_parameters"]
     print(f"\n{render(metrics)}\n")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # as for `python scripts/train_retrieval.py`
+
+from command_line import compose
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -18,6 +23,13 @@ def example(containing: str) -> str:
     (found,) = (text for text in EXAMPLES if containing in text)
     assert len(found.splitlines()) <= 12
     return found
+
+
+def test_several_processes_have_the_batch_of_the_recipe() -> None:
+    (found,) = re.findall(r"^torchrun --nproc_per_node (\d+) scripts/train_retrieval\.py (.*?)  ", README, re.MULTILINE)
+    overrides = found[1].split()
+    recipe, each = (compose("train_retrieval", some)["trainer"]["batch_size"] for some in (overrides[:1], overrides))
+    assert int(found[0]) * each == recipe == 128
 
 
 def test_the_adapter_and_then_the_regularizer(

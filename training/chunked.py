@@ -37,7 +37,7 @@ def check_chunkable(model: nn.Module) -> None:
     if found:
         raise ValueError(
             f"chunk_size does not go with the batch norm {found[0]}: the statistics of a chunk are not those of the "
-            "batch; use chunk_size=null, or a model without batch norm (of VSE-infinity the region encoder has one)"
+            "batch; use chunk_size=null, or a model without batch norm (CLIP4Clip has none, VSE-infinity has)"
         )
 
 

@@ -24,6 +24,20 @@ class Hardware:
     precision: str
 
 
+def check_devices() -> None:
+    """Raise ValueError where one process sees several GPUs.
+
+    transformers would run copies of the model (`nn.DataParallel`): a batch as many times as large, and a penalty that
+    sees none of it. Processes of torchrun or `accelerate launch` have one GPU each.
+    """
+    devices = torch.cuda.device_count()
+    if devices > 1 and int(os.environ.get("LOCAL_RANK", "-1")) < 0:
+        raise ValueError(
+            f"{devices} GPUs in one process; expected one in each. Take one with CUDA_VISIBLE_DEVICES=0, or all with "
+            f"`torchrun --nproc_per_node {devices}` in place of `python`; trainer.batch_size is that of each process"
+        )
+
+
 def choose_hardware(threads: int | None = None, precision: str | None = None) -> Hardware:
     """The given threads and precision, or the fastest where they are None.
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from adapters import adapter_parameters, trainable_parameters
 from regularizers import Subspaces, capture, mean_redundancy, redundancy
+from regularizers.layers import low_rank_layers
 from training.experiment import BaseExperiment
 from training.hardware import Hardware, choose_hardware
-from training.run import RunFolder, environment
+from training.run import RunFolder, environment, is_first_process
 
 PROBE = 128  # validation items on which redundancy is measured
 
@@ -61,15 +62,21 @@ def describe(
             "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if name in of_adapter),
             "total_parameters": sum(p.numel() for p in model.parameters()) + frozen_elsewhere,
         }
-        run.write_json("run.json", described)
+        if is_first_process():
+            run.write_json("run.json", described)
     return Hardware(described["threads"], described["precision"])
 
 
 @contextmanager
 def clock(run: RunFolder, part: str) -> Iterator[None]:
-    """Add the seconds that a part takes to run.json; a resumed run adds to what its earlier launches spent."""
+    """Add the seconds that a part takes to run.json; a resumed run adds to what its earlier launches spent.
+
+    Of several processes, the first one's: they run at the same time.
+    """
     start = perf_counter()
     yield
+    if not is_first_process():
+        return
     described = run.read_json("run.json") or {}
     seconds = described.setdefault("seconds", {})
     seconds[part] = round(seconds.get(part, 0.0) + perf_counter() - start, 2)
@@ -78,7 +85,12 @@ def clock(run: RunFolder, part: str) -> Iterator[None]:
 
 @torch.no_grad()
 def subspaces_on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Subspaces]:
-    """The subspaces of every adapted layer on one batch (the arguments of the model's forward), without dropout."""
+    """The subspaces of every low-rank layer on one batch (the arguments of the model's forward), without dropout.
+
+    {} for a model without such a layer: many adapters have none.
+    """
+    if not low_rank_layers(model):
+        return {}
     was_training = model.training
     model.eval()
     with capture(model) as subspaces:

@@ -23,8 +23,9 @@ FINISHED = "metrics.json"
 class RunFolder:
     """The folder of one run, `<root>/<task>/<data>/<model>/<adapter>/<regularizer>/seed<k>`.
 
-    Files are written atomically, `metrics.json` last: where it is, the run is finished. Starting a run in a folder that
-    another configuration began is refused.
+    Files are written atomically, `metrics.json` when all that was trained is on the disk: where it is, the run is
+    finished, and only what people look at (the report with its pictures) may come later. Starting a run in a folder
+    that another configuration began is refused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,6 +113,11 @@ class RunFolder:
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> Path:
         return self.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes what is written once; torchrun numbers them before they are connected."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

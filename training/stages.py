@@ -26,7 +26,7 @@ from transformers import (
 from adapters import load, save
 from regularizers import ReSoRA
 from training.choose import check_name
-from training.hardware import Hardware
+from training.hardware import Hardware, check_devices
 from training.optimizers import OPTIMIZERS, LearningRates, build_optimizer
 from training.run import RunFolder
 from training.schedules import Cosine, Schedule, Span, scheduler
@@ -135,8 +135,9 @@ def run_stages(
     before.
 
     Raises:
-        ValueError: if the data has fewer items than one batch.
+        ValueError: if the data has fewer items than one batch, or this process has several GPUs.
     """
+    check_devices()
     if (items := len(dataset)) < recipe.batch_size:  # type: ignore[arg-type]
         raise ValueError(f"{items} training items make no batch of {recipe.batch_size}; lower trainer.batch_size")
     records: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ from PIL import Image
 
 from retrieval.data.dataset import SPLITS, fingerprint
 from retrieval.data.verification import Verification
-from retrieval.regions.pictures import find_picture, placeholder, read_mapping
+from retrieval.regions.pictures import find_picture, inside, placeholder, read_mapping
 from retrieval.regions.precomputed import read_precomputed
 from retrieval.regions.ragged import Ragged
 from retrieval.regions.verify import verify_regions
@@ -58,7 +58,8 @@ class PublishedRegions:
 
     Raises:
         FileNotFoundError: files are missing; the message says how to get them.
-        ValueError: unknown split or option, or files that do not fit each other or the published counts.
+        ValueError: unknown split or option, files that do not fit each other or the published counts, or the name of a
+            picture that leads out of `pictures`.
     """
 
     name: ClassVar[str]
@@ -105,7 +106,12 @@ class PublishedRegions:
         self.image_of_caption = read.image_of_caption[mine]
         self.captions = read.captions[: len(self.image_of_caption)]
         self.pictures = None if pictures is None else Path(pictures)
-        self.picture_names = {} if pictures is None else read_mapping(self.folder)
+        self.picture_names: dict[int, str] = {}
+        if self.pictures is not None:
+            names = read_mapping(self.folder)
+            self.picture_names = {number: names[number] for number in self.ids.tolist() if number in names}
+            for name in self.picture_names.values():
+                inside(self.pictures, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickled for worker processes that do not fork: a memory map would be sent as an array of 8 GiB
@@ -119,7 +125,7 @@ class PublishedRegions:
         return np.asarray(self.features[index]).astype(np.float32)
 
     def thumbnails(self, index: int) -> list[Image.Image]:
-        """The picture, or a grey square with its number."""
+        """The picture, or a grey square with its number where there is none; what Pillow raises for a damaged one."""
         number = int(self.ids[index])
         if self.pictures and (path := find_picture(self.pictures, number, self.picture_names)):
             with Image.open(path) as picture:

@@ -12,8 +12,8 @@ The protocol is 1k-A (Yu et al., ECCV 2018): train on 9,000 videos (or 7,010), t
 A video that cannot be read, because it is missing (a fifth of the addresses are dead), truncated, or audio only, is
 never an exception in the middle of a training. Up to a share of `max_unreadable` of a split, it is left out of the
 training split with its sentences. Validation and test keep it, as an array without frames, so that they are the same
-for everyone. One that is only found out while training, without a cache, gives such an array too; without a cache there
-is no limit on the time that a file may take either.
+for everyone. One that is only found out while training, without a cache, gives such an array too, with a warning and
+whatever their share; without a cache there is no limit on the time that a file may take either, and the start says so.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm.auto import tqdm
 
 from retrieval.data.dataset import SPLITS, fingerprint
 from retrieval.data.msrvtt_options import MSRVTTOptions
@@ -69,7 +70,9 @@ class MSRVTT:
         self.files = find_videos(self.folder / "videos", videos)
         self.total, self.unreadable = len(videos), dict[str, str]()
         known = {video: reason for video in videos if (reason := self._known_reason(video))}
+        check_share(known, self.total, self.options.max_unreadable, split)
         self._note(known, "left out of the training" if split == "train" else "kept, without frames")
+        self._tell_of_decoding([video for video in videos if video not in known])
         if split == "train":
             pairs = pairs[~pairs["video_id"].isin(set(known))]
 
@@ -163,10 +166,19 @@ class MSRVTT:
 
     def _note(self, reasons: dict[str, str], fate: str) -> None:
         self.unreadable |= reasons
-        check_share(self.unreadable, self.total, self.options.max_unreadable, self.split)
         if reasons:
             what = f"{len(reasons)} of {self.total} videos cannot be read and are {fate}"
             warnings.warn(f"{self.name} {self.split}: {what} ({named(reasons)})", stacklevel=3)
+
+    def _tell_of_decoding(self, videos: list[str]) -> None:
+        """Print which of the videos no frame cache holds, if any, and the command that mends it."""
+        if waiting := [video for video in videos if self.cache is None or video not in self.cache]:
+            command = f"python scripts/prepare_data.py data={self.name} root={self.folder.parent}"
+            tqdm.write(
+                f"{self.name} {self.split}: no frame cache holds {len(waiting):,} of {self.total:,} videos. Each is "
+                "decoded again in every epoch, and nothing limits the time that a damaged one may take. To decode them "
+                f"once, with a limit: {' '.join([command, *self.options.overrides])}"
+            )
 
     def _digests(self) -> Iterator[bytes]:
         for video in self.video_ids:

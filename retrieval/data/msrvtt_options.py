@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +56,13 @@ class MSRVTTOptions:
             size=self.size,
             resizing=self.resizing,
         )
+
+    @property
+    def overrides(self) -> list[str]:
+        """The options that differ from the defaults, for a command line: ["data.size=112", "data.frames=8"]."""
+        values = ((item.name, getattr(self, item.name), item.default) for item in fields(self))
+        changed = [(name, value) for name, value, default in values if value != default]
+        return [f"data.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed]
 
     @property
     def train_list(self) -> str:

@@ -83,7 +83,10 @@ def captions_of(folder: Path, videos: Sequence[str]) -> pd.DataFrame:
         table = table[["video_id", "caption", "sen_id"]].astype({"video_id": str, "caption": str, "sen_id": str})
     except (ValueError, KeyError, TypeError) as error:
         expected = '{"sentences": [{"sen_id": 0, "video_id": "video0", "caption": "..."}, ...]}'
-        raise ValueError(f"{path} is not of the form {expected} ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path} is not of the form {expected} ({type(error).__name__}: {error}); is it complete? Replace it with "
+            "the published file"
+        ) from None
     position = {video: number for number, video in enumerate(videos)}
     table = table[table["video_id"].isin(set(position))]
     if silent := position.keys() - set(table["video_id"]):
@@ -136,7 +139,13 @@ def find_videos(folder: Path, videos: Iterable[str]) -> dict[str, Path]:
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:
     # keep_default_na: a sentence may be "null" or "none"
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' own errors and the codec's are such
+        raise ValueError(
+            f"{path} is no table in UTF-8 with {' and '.join(columns)} in its first line ({type(error).__name__}: "
+            f"{error}); is it complete? Replace it with the published file"
+        ) from None
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected {', '.join(missing)} too")
     names = table["video_id"]

@@ -94,7 +94,10 @@ def open_npy(path: Path) -> np.ndarray:
 def _read_features(path: Path) -> np.ndarray | Ragged:
     features = open_npy(path)
     if features.ndim not in (2, 3) or features.dtype.kind != "f":
-        raise ValueError(f"{path} has shape {features.shape}, expected (images, regions, dimensions)")
+        raise ValueError(
+            f"{path} holds {features.dtype} of shape {features.shape}, expected floating-point numbers of shape "
+            "(images, regions, dimensions); features.astype(numpy.float32) makes such numbers of others"
+        )
     if features.ndim == 3:
         return features
     offsets_path = path.with_name(path.name.replace("_ims.npy", "_offsets.npy"))
@@ -159,7 +162,7 @@ def _is_repeated(features: np.ndarray | Ragged) -> bool:
         return False
     starts = [CAPTIONS_PER_IMAGE * group for group in (0, groups // 2, groups - 1)]
     return all(
-        np.array_equal(features[start], features[start + copy])
+        np.array_equal(features[start], features[start + copy], equal_nan=True)
         for start in starts
         for copy in range(1, CAPTIONS_PER_IMAGE)
     )

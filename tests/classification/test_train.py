@@ -108,6 +108,13 @@ def test_a_linear_probe_selected_on_validation(root: Path, tmp_path: Path) -> No
     assert metrics["validation"]["accuracy"] == pytest.approx(scores[-1]), "one epoch: the best one of the last stage"
 
 
+def test_an_adapter_without_subspaces(root: Path, tmp_path: Path) -> None:
+    run = train(config(root, tmp_path, "adapter=bitfit", "regularizer=none", "trainer.stages.adapt.epochs=1"))
+    described, metrics = run.read_json("run.json"), run.read_json("metrics.json")
+    assert described["adapter_parameters"] > 0 and metrics["test"]["accuracy"] > 0
+    assert "redundancy" not in metrics and not (run.path / "redundancy.json").exists()
+
+
 @pytest.mark.parametrize(
     ("argument", "hint"),
     [

@@ -70,9 +70,11 @@ def test_published_rates_of_augmentation(captions: Captions) -> None:
         ids = captions.augmented(0, 0.2, rng)
         assert ids[0] == captions.ids[0][0] and ids[-1] == captions.ids[0][-1]  # [CLS] and [SEP] stay
         counts["masked"] += ids.count(captions.mask_id)
+        counts["replaced"] += sum(token not in {*captions.ids[0], captions.mask_id} for token in ids)
         counts["deleted"] += len(captions.ids[0]) - len(ids)
         words += len(captions.ids[0]) - 2
     assert counts["masked"] / words == pytest.approx(0.10, abs=0.01)
+    assert counts["replaced"] / words == pytest.approx(0.02, abs=0.004)
     assert counts["deleted"] / words == pytest.approx(0.08, abs=0.01)
     pairs = TrainingPairs(Data(), captions, pairing="caption", augmentation=Augmentation(), seed=0)
     kept = []

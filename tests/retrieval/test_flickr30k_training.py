@@ -10,25 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from region_folders import WORDS, features_of, write_folder, write_split
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
+from adapters import Full, LoRA, inject
 from retrieval.batch import Augmentation, Captions, TrainingPairs
 from retrieval.data import Flickr30K
+from retrieval.experiment import Experiment
 from retrieval.models import bert
-from retrieval.train import train
+from retrieval.train import probe, train
+from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
+from training.experiment import LOW_RANK
 from training.optimizers import LearningRates, parameter_groups
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-from command_line import compose, mistakes_in_one_line  # noqa: E402
+from command_line import CONF, compose, mistakes_in_one_line  # noqa: E402
 
-COMMON = (
-    "data=flickr30k", "data.counts=any", "model=vse_infty_base", "loss=triplet", "model.embed_dim=16",
-    "model.hidden_dim=8", "adapter.rank=2", "trainer.batch_size=16", "trainer.workers=0", "trainer.threads=1",
-    "trainer.precision=float32", "trainer.stages.adapt.epochs=1", "trainer.stages.regularize.epochs=1",
+SMALL = (
+    "data.counts=any", "model.embed_dim=16", "model.hidden_dim=8", "trainer.batch_size=16", "trainer.workers=0",
+    "trainer.threads=1", "trainer.precision=float32", "trainer.stages.adapt.epochs=1",
+    "trainer.stages.regularize.epochs=1",
 )  # fmt: skip
+COMMON = ("data=flickr30k", "model=vse_infty_base", "loss=triplet", "adapter.rank=2", *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,48 @@ def test_train(layout: str, bert_folder: Path, tmp_path: Path) -> None:
     assert any("triplet" in line.get("parts", {}) for line in log)
 
 
+@pytest.mark.parametrize("row", sorted(path.stem for path in (CONF / "table1").glob("flickr30k_*.yaml")))
+def test_a_row_of_table_1(row: str, bert_folder: Path, tmp_path: Path) -> None:
+    """Each of them trains to its metrics; redundancy is among these where the adapter has subspaces."""
+    write_folder(tmp_path / "flickr30k", regions=3)
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    small = [setting for setting in SMALL if not setting.startswith("model.embed_dim")]  # rows give their output's size
+    config = compose("train_retrieval", [f"table1={row}", *small, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"])
+    run = train(config)
+    metrics = run.read_json("metrics.json")
+    low_rank = config["adapter"]["name"] in LOW_RANK
+    assert ("redundancy" in metrics) == (run.path / "redundancy.json").is_file() == low_rank
+    assert (run.path / "report.html").is_file() and metrics["test"]["rsum"] > 0
+
+
+def test_a_damaged_picture_is_a_grey_square_of_the_report(
+    bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "flickr30k", (24, 8, 5), regions=3)  # each of the five is shown
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2000, 2005):
+        Image.effect_noise((40, 40), 64).save(pictures / f"{number}.jpg")
+    (pictures / "2001.jpg").write_bytes(b"<html>not found</html>")
+    (pictures / "2002.jpg").write_bytes((pictures / "2003.jpg").read_bytes()[:-200])
+    config = compose(
+        "train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}", f"data.pictures={pictures}"]
+    )
+    run = train(config)
+    assert "2 of 5 pictures for the report cannot be read" in capsys.readouterr().out
+    assert len(list((run.path / "thumbnails").iterdir())) == 5 and (run.path / "report.html").is_file()
+    assert (run.path / "thumbnails" / "1.png").read_bytes() != (run.path / "thumbnails" / "2.png").read_bytes()
+
+    # Whatever else befalls the report, the numbers are on the disk by then.
+    other = config | {"runs": str(tmp_path / "others")}
+    monkeypatch.setattr("retrieval.train.save_showcase", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(other)
+    again = train(other)
+    assert again.finished and (again.path / "report.html").is_file()
+
+
 def test_one_option_has_the_published_code_back() -> None:
     def settings(protocol: str) -> dict[str, Any]:
         config = compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base", f"protocol={protocol}"])
@@ -85,6 +133,17 @@ def test_one_option_has_the_published_code_back() -> None:
     assert settings("as_published") == {"dev": 1000, "padding": True, "words": False, "decay": True, "images": True}
     default = compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base"])
     assert default == compose("train_retrieval", ["data=flickr30k", "model=vse_infty_base", "protocol=mended"])
+
+
+@pytest.mark.parametrize(
+    "more", [("data=msrvtt", "model=clip4clip_vit_b32"), ("data=openmoji_clips", "model=clip4clip")]
+)
+def test_the_protocol_is_refused_where_it_would_do_nothing(more: tuple[str, ...]) -> None:
+    Experiment.of(compose("train_retrieval", [*more]))
+    with pytest.raises(
+        ValueError, match=r"protocol=as_published .*model=clip4clip has none of it; use protocol=mended"
+    ):
+        Experiment.of(compose("train_retrieval", [*more, "protocol=as_published"]))
 
 
 @pytest.mark.parametrize("data", ["flickr30k", "coco"])
@@ -143,6 +202,28 @@ def test_weight_decay_on_everything_as_published() -> None:
         assert {group["weight_decay"]: len(group["params"]) for group in groups} == decays
 
 
+def test_the_parts_of_vse_infinity_have_their_rates(bert_folder: Path) -> None:
+    encoder, _ = bert(str(bert_folder), bert_folder)
+    model = VSEInfinity(encoder, 3, VSEInfinityConfig(embed_dim=16, hidden_dim=8))
+    inject(model, Full(), train=model.heads)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parts: dict[float, set[str]] = {}
+    for group in parameter_groups(model, LearningRates(adapter=3.0, head=2.0, backbone=1.0), model.heads):
+        found = {".".join(names[parameter].split(".")[:2]) for parameter in group["params"]}
+        parts[group["lr"]] = parts.get(group["lr"], set()) | found
+    assert parts[1.0] == {"text.bert"} and parts.keys() == {1.0, 2.0}
+    assert "text.linear" in parts[2.0] and any(part.startswith("image.") for part in parts[2.0])
+
+
+def test_a_probe_goes_to_the_device_of_the_model(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a training on a GPU; "meta" stands for it."""
+    encoder, tokenizer = bert(str(bert_folder), bert_folder)
+    model = inject(VSEInfinity(encoder, 3, VSEInfinityConfig(embed_dim=16, hidden_dim=8)), LoRA(rank=2)).to("meta")
+    monkeypatch.setattr("retrieval.train.subspaces_on", lambda model, batch: batch)
+    batch = probe(model, Data(), Captions(Data.captions, tokenizer))
+    assert batch.keys() >= {"regions", "input_ids"} and {tensor.device.type for tensor in batch.values()} == {"meta"}
+
+
 # ---- the commands
 
 
@@ -164,4 +245,23 @@ def test_a_missing_bert_folder_is_named(tmp_path: Path) -> None:
     config = compose("train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"])
     with pytest.raises(FileNotFoundError, match=r"model\.text=.*bert-base-uncased: expected 'minilm' or a folder"):
         train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_chunks_of_a_batch_norm_are_refused_before_the_run_begins(bert_folder: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "flickr30k", regions=2)
+    (tmp_path / "bert-base-uncased").symlink_to(bert_folder)
+    more = (f"root={tmp_path}", f"runs={tmp_path / 'runs'}", "trainer.chunk_size=4")
+    with pytest.raises(ValueError, match="chunk_size does not go with the batch norm"):
+        train(compose("train_retrieval", [*COMMON, *more]))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_gpus_in_one_process_are_refused_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 GPUs in one process"):
+        train(compose("train_retrieval", [*COMMON, f"root={tmp_path}", f"runs={tmp_path / 'runs'}"]))
     assert not (tmp_path / "runs").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from retrieval.batch import Captions, TrainingPairs
 from retrieval.data import MSRVTT, SPLITS
 from retrieval.data.msrvtt_tables import carve_validation, check_count
 from retrieval.video.reading import Reading
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from command_line import compose
 
 TRAIN = [f"video{number}" for number in (3, 1, 0, 2, 7, 5)]
 TEST = ["video7020", "video9975", "video8000"]
@@ -178,6 +182,35 @@ def test_the_cache_is_used_where_it_is(sound: Path, tmp_path: Path, monkeypatch:
         MSRVTT(root, "test", **{**SMALL, "size": 48})
 
 
+def test_without_a_cache_the_start_tells_the_command_that_writes_one(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
+    options = {**SMALL, "frames_per_second": None}
+    MSRVTT(root, "train", **options)
+    told = capsys.readouterr().out
+    assert "no frame cache holds 4 of 4 videos" in told and "in every epoch, and nothing limits the time" in told
+    script, *overrides = told.split("with a limit: python ")[1].split()
+    assert script == "scripts/prepare_data.py"
+    config = compose("prepare_data", overrides)
+    assert (config["root"], config["data"]["name"]) == (str(root), "msrvtt")
+    MSRVTT.prepare(root, root / "cache", **config["data"]["prepare"] | {"workers": 0})
+    capsys.readouterr()
+    MSRVTT(root, "train", **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_number_of_damaged_videos_ends_a_training(damaged: Path) -> None:
+    """What is found out on the way, in any process that loads data, is a warning."""
+    data = MSRVTT(damaged, "test", **SMALL)
+    for path in data.files.values():
+        path.write_bytes(b"no video")
+    with pytest.warns(UserWarning, match="1 of 3 videos cannot be read and are kept, without frames") as told:
+        frames = [data.visual(index) for index in (0, 1, 2, 0, 1, 2)]
+    assert len(told) == 3 and all(len(found) == 0 for found in frames)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_unreadable_videos(damaged: Path, cached: bool, capsys: pytest.CaptureFixture) -> None:
     """Known before the training: left out of it. Found in it, or of another split: an array without frames."""
@@ -233,11 +266,16 @@ def test_without_files_it_says_what_to_get(tmp_path: Path) -> None:
         ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo66\n", "no sentence on 1 videos of the list, video66"),
         ("MSRVTT_data.json", '{"sentence": []}', "is not of the form"),
         ("MSRVTT_data.json", "[1", "is not of the form"),
+        ("MSRVTT_data.json", "", r"MSRVTT_data\.json is not of the form .*Replace it with the published file"),
+        ("MSRVTT_data.json", "caf\xe9", r"MSRVTT_data\.json is not of the form .*UnicodeDecodeError"),
+        ("MSRVTT_train.9k.csv", "", r"MSRVTT_train\.9k\.csv is no table .*EmptyDataError.*published file"),
+        ("MSRVTT_train.9k.csv", "video_id\ncaf\xe9\n", r"MSRVTT_train\.9k\.csv is no table .*UnicodeDecodeError"),
+        ("MSRVTT_train.9k.csv", 'video_id\n"video1\n', r"MSRVTT_train\.9k\.csv is no table .*ParserError"),
     ],
 )
 def test_files_of_another_form(sound: Path, tmp_path: Path, file: str, content: str, message: str) -> None:
     shutil.copytree(sound / "msrvtt", tmp_path / "msrvtt")
-    (tmp_path / "msrvtt" / file).write_text(content)
+    (tmp_path / "msrvtt" / file).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         MSRVTT(tmp_path, "train", **{**SMALL, "validation": 1})
 

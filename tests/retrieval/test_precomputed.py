@@ -60,6 +60,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_precomputed(tmp_path, "dev", np.zeros((4, 8)), ["a caption"] * 20)
     with pytest.raises(ValueError, match=r"shape \(4, 8\), expected \(images, regions, dimensions\)"):
         read_precomputed(tmp_path, "dev")
+    write_precomputed(tmp_path, "dev", np.zeros((4, 2, 8), dtype=np.uint8), ["a caption"] * 20)
+    with pytest.raises(ValueError, match=r"dev_ims\.npy holds uint8 .*, expected floating-point .*astype"):
+        read_precomputed(tmp_path, "dev")
     with pytest.raises(FileNotFoundError, match=r"test_ims\.npy does not exist"):
         read_precomputed(tmp_path, "test")
 
@@ -78,6 +81,14 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, ids: str, message: 
     (tmp_path / "dev_ids.txt").write_text(ids)
     with pytest.raises(ValueError, match=message):
         read_precomputed(tmp_path, "dev")
+
+
+def test_repeated_images_are_recognised_with_a_nan_in_one(tmp_path: Path) -> None:
+    """So that it is `verify` that finds the NaN, and not five times as many images that train."""
+    features = features_of(4)
+    features[0, 1, 2] = np.nan
+    write_split(tmp_path, "dev", features, repeated=True, repeated_ids=True)
+    assert len(read_precomputed(tmp_path, "dev").features) == 4
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 5, 8], [0, 4, 9], [1, 4, 8], [[0, 8]]])

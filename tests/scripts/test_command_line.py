@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
+
+from summary import print_summary
+
+from training import RunFolder
+
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ("train_retrieval", "train_classification", "prepare_data", "evaluate")
 
@@ -25,6 +31,19 @@ def test_help_shows_two_examples_of_the_command(command: str) -> None:
     assert done.returncode == 0, done.stderr
     examples = [line for line in done.stdout.splitlines() if line.strip().startswith(f"python scripts/{command}.py ")]
     assert len(examples) >= 2
+
+
+def test_the_summary_of_a_run_is_printed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = RunFolder(tmp_path)
+    finished.write_json("metrics.json", {})
+    counts = {"trained_parameters": 1, "total_parameters": 2, "adapter_parameters": 0, "seconds": {}}
+    finished.write_json("run.json", counts)
+    for number in ("0", "1"):  # as torchrun numbers its processes
+        monkeypatch.setenv("RANK", number)
+        print_summary(finished, lambda metrics: "the table", "the place")
+    assert capsys.readouterr().out.count("the table") == 1
 
 
 def test_help_offers_what_fits_the_command() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from adapters import Full, LoRA, inject
 from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_hardware
 from training.optimizers import parameter_groups
+from training.record import clock
 from training.trainer import latest_checkpoint
 
 
@@ -51,6 +52,18 @@ def test_a_run_refuses_another_configuration_and_a_path_out_of_its_root(tmp_path
     with pytest.raises(ValueError):
         run.write_json("bad.json", {"a": float("nan")})
     assert not (run.path / "bad.json").exists()
+
+
+def test_of_several_processes_the_first_counts_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in ("1", "0", "2"):  # as torchrun sets it
+        monkeypatch.setenv("RANK", number)
+        with clock(RunFolder(tmp_path / number), "train"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    monkeypatch.delenv("RANK")
+    with clock(RunFolder(tmp_path / "alone"), "train"):
+        pass
+    assert RunFolder(tmp_path / "alone").read_json("run.json")["seconds"]["train"] >= 0
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
+from torch import nn
 
 from training import Recipe, RunFolder, Stage
+from training.hardware import check_devices
+from training.optimizers import build_optimizer
 
 
 def lines(folder: Path) -> list[dict]:
@@ -73,11 +77,71 @@ def test_the_penalty_changes_what_is_learned(tmp_path: Path, monkeypatch: pytest
     assert not torch.equal(with_penalty.state_dict()[a], without.state_dict()[a])
 
 
+def test_selection_keeps_the_weights_of_the_best_epoch_of_each_stage(tmp_path: Path) -> None:
+    """The scores peak in epoch 1 of 2, then in epoch 2 of 3, which starts from the former."""
+    scores, seen = [5.0, 1.0, 2.0, 4.0, 3.0], list[dict[str, torch.Tensor]]()
+
+    def evaluator(model: nn.Module) -> dict[str, float]:
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"rsum": scores[len(seen) - 1]}
+
+    model = tiny.train(tmp_path, selection="validation", evaluator=evaluator)
+    assert len(seen) == 5 and not torch.equal(seen[3]["mlp.fc1.branches.fc1.A"], seen[4]["mlp.fc1.branches.fc1.A"])
+    for stage, best in (("adapt", seen[0]), ("regularize", seen[3])):
+        kept = load_file(tmp_path / "checkpoints" / stage / "adapter.safetensors")
+        assert all(torch.equal(best[name], tensor) for name, tensor in kept.items()), stage
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, seen[3][name]), name
+
+
+def test_an_objective_is_told_the_epochs_since_the_first_stage_began(tmp_path: Path) -> None:
+    """So a warm-up of one epoch is over with the first step of the second one, and does not come back."""
+    epochs: list[float] = []
+
+    def objective(output: torch.Tensor, epoch: float) -> dict[str, torch.Tensor]:
+        epochs.append(epoch)
+        return {"squares": output.square().mean()}
+
+    tiny.train(tmp_path, objective=objective)
+    assert epochs == pytest.approx([step / 4 for step in range(4 * 5)])  # 22 items make 4 batches of 5
+
+
+def test_gradients_reach_the_optimizer_with_the_norm_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+
+    def observed(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(*arguments)
+        groups = optimizer.param_groups
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(float(nn.utils.get_total_norm([p.grad for g in groups for p in g["params"]])))
+        )
+        return optimizer
+
+    monkeypatch.setattr("training.stages.build_optimizer", observed)
+    tiny.train(tmp_path, max_grad_norm=0.01)
+    assert norms == pytest.approx([0.01] * 20, rel=1e-3)
+
+
 def test_too_little_data_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny.Items, "__len__", lambda self: 4)
     with pytest.raises(ValueError, match="4 training items make no batch of 5"):
         tiny.train(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_gpus_in_one_process_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"4 GPUs .*CUDA_VISIBLE_DEVICES=0.*torchrun --nproc_per_node 4"):
+        tiny.train(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("LOCAL_RANK", "3")  # as torchrun sets it
+    check_devices()
 
 
 def test_bfloat16_trains_without_an_accelerator(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +62,17 @@ def train(
     restart: bool = True,
     adapter: str = "lora",
     evaluate_every: int = 1,
+    objective: Callable[[Tensor, float], dict[str, Tensor]] = lambda output, epoch: {
+        "squares": (output - epoch).square().mean()
+    },
+    evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+    **recipe: Any,
 ) -> nn.Module:
     torch.manual_seed(0)
     model = inject(Model(), ADAPTERS[adapter], train=("head",))
     evaluations = 0
 
-    def evaluator(model: nn.Module) -> dict[str, float]:
+    def count(model: nn.Module) -> dict[str, float]:
         nonlocal evaluations
         evaluations += 1
         if evaluations == die_in_epoch:
@@ -80,12 +87,13 @@ def train(
             evaluate_every=evaluate_every,
             batch_size=5,
             rates=LearningRates(adapter=0.1, head=0.05),
+            **recipe,
         ),
         RunFolder(folder),
         dataset=Items(),
         collate=lambda items: {"x": torch.stack(items)},
-        objective=lambda output, epoch: {"squares": (output - epoch).square().mean()},
-        evaluator=evaluator,
+        objective=objective,
+        evaluator=evaluator or count,
         heads=("head",),
         regularizer=ReSoRA("linear", weight=0.1),
         hardware=Hardware(1, precision),
