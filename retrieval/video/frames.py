@@ -18,7 +18,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from retrieval.video.timeline import Timeline, VideoError, decode, decode_only, timeline, video_stream
+from retrieval.video.timeline import Timeline, VideoError, decode, decode_only, orientation, timeline, video_stream
 
 __all__ = ["BACKENDS", "RESIZING", "SLICINGS", "VideoError", "frame_indices", "read_frames", "resize_and_crop"]
 
@@ -50,7 +50,7 @@ def read_frames(
         backend: one of `BACKENDS`. A file that it cannot read exactly goes to PyAV.
 
     Returns:
-        (T, H, W, 3) uint8 RGB frames in order of presentation, 1 <= T <= count.
+        (T, H, W, 3) uint8 RGB frames in order of presentation, turned as players show them, 1 <= T <= count.
 
     Raises:
         VideoError: the file is missing, empty, truncated, damaged, or not a video.
@@ -112,20 +112,23 @@ def decord_frames(
 ) -> np.ndarray:
     """Decode frames `indices` with decord, (T, H, W, 3) uint8, at the file's own size or scaled to a short side.
 
-    decord seeks, which is what makes it fast: 12 frames of a 20 s video in 200 ms, all of them in 850 ms. But decord
+    decord seeks, which saves decoding: 12 frames of a 20 s video in 200 ms, all of them in 850 ms. But decord
     0.6.0 seeks to the n-th packet and calls what it decodes next the n-th frame. In an open group of pictures, frames
     shown before the key frame are stored after it, so the two numbers differ and it returns wrong frames without a
-    word. Its own timestamps are sorted and cannot tell; the order of the packets can, so such files are refused.
+    word. Its own timestamps are sorted and cannot tell; the order of the packets can, so such files are refused. So are
+    those that are not plain: of 10 bits a channel it makes other colours than FFmpeg.
 
     Raises:
         VideoError: decord is not installed, fails, or could return wrong frames.
     """
     if not line.seekable:
         raise VideoError(path, "decord could return wrong frames: open groups of pictures, edit list, or not an MP4")
+    if not line.plain:
+        raise VideoError(path, "decord could return wrong pixels: over 8 bits a channel, or to be turned or mirrored")
     try:
         import decord
     except ImportError as error:
-        warnings.warn("decord is not installed: videos are read with PyAV, which is slower", stacklevel=3)
+        warnings.warn("decord is not installed: videos are read with PyAV instead", stacklevel=3)
         raise VideoError(path, "decord is not installed") from error
     decord.logging.set_level(decord.logging.QUIET)  # what it would say on stderr is in the VideoError
     try:
@@ -183,9 +186,18 @@ def _in_order(path: str | PathLike[str], indices: np.ndarray, line: Timeline, sh
 
 def _rgb(frame: av.VideoFrame, short: int | None) -> np.ndarray:
     if short is None:
-        return frame.to_ndarray(format="rgb24")
+        return _upright(frame.to_ndarray(format="rgb24"), frame)
     width, height = _scaled(frame.width, frame.height, short)
-    return frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    return _upright(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC"), frame)
+
+
+def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) turned and mirrored by the frame's display matrix, to the nearest quarter."""
+    a, b, c, d = orientation(frame) or (1, 0, 0, 1)
+    across, down = a, d
+    if abs(b) > abs(a):
+        pixels, across, down = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
 def _size(path: str | PathLike[str]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from video_files import BAD_FILES, CLOSED, SIDE, encode, numbers
+from video_files import BAD_FILES, CLOSED, SIDE, encode, numbers, shown_as
 
 from retrieval.video import BACKENDS, VideoError, frame_indices, read_frames, resize_and_crop
 from retrieval.video.timeline import timeline
@@ -28,6 +29,8 @@ def decoded(path: Path) -> np.ndarray:
 FILES = {
     "h264": ("clip.mp4", {"options": CLOSED}),
     "h264 at 8 fps": ("clip.mp4", {"options": CLOSED, "rate": 8}),
+    "h264 at 29.97 fps": ("clip.mp4", {"options": CLOSED, "rate": Fraction(30_000, 1001)}),
+    "h264, 10 bits": ("clip.mp4", {"options": CLOSED, "pixels": "yuv420p10le"}),
     "h264, no B frames": ("clip.mp4", {"options": {"x264-params": "keyint=24:bframes=0"}}),
     "h264, x264's own settings": ("clip.mp4", {}),
     "h264, open groups": ("clip.mp4", {"options": OPEN}),
@@ -72,6 +75,41 @@ def test_decord_never_returns_a_wrong_frame(tmp_path: Path) -> None:
                     BACKENDS["decord"](path, indices, line)
             np.testing.assert_array_equal(BACKENDS["pyav"](path, indices, line), every[indices])
     assert trusted == [True, False, True]
+
+
+TURNS = {  # display matrix -> what a player shows
+    "turned right": ((0, 1, -1, 0), lambda frames: np.rot90(frames, -1, axes=(1, 2))),
+    "turned left": ((0, -1, 1, 0), lambda frames: np.rot90(frames, 1, axes=(1, 2))),
+    "upside down": ((-1, 0, 0, -1), lambda frames: np.rot90(frames, 2, axes=(1, 2))),
+    "mirrored": ((-1, 0, 0, 1), lambda frames: frames[:, :, ::-1]),
+    "transposed": ((0, 1, 1, 0), lambda frames: frames.swapaxes(1, 2)),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_frames_are_turned_as_players_show_them(tmp_path: Path, turn: str) -> None:
+    matrix, shown = TURNS[turn]
+    stored, path, (width, height) = tmp_path / "stored.mp4", tmp_path / "turned.mp4", (96, 64)
+    with av.open(str(stored), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(10):
+            picture = np.zeros((height, width, 3), np.uint8)
+            picture[: height // 2, : width // 4] = 100 + 10 * number  # no symmetry
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(shown_as(stored.read_bytes(), matrix))
+    for options in ({}, {"size": 32}, {"size": 32, "resizing": "decoder"}):
+        read = [read_frames(path, 4, backend=backend, **options) for backend in BACKENDS]
+        np.testing.assert_array_equal(*read)
+        expected = shown(read_frames(stored, 4, backend="pyav", **options))
+        assert read[0].shape == expected.shape
+        # after the turn, a bicubic filter rounds otherwise
+        np.testing.assert_allclose(read[0].astype(int), expected, atol=2 if options else 0)
+    with pytest.raises(VideoError, match="turned or mirrored"):
+        BACKENDS["decord"](path, np.array([0]), timeline(path))
+    turned = BACKENDS["pyav"](path, np.array([0]), timeline(path), 32)
+    assert turned.shape == shown(np.zeros((1, 32, 48, 3))).shape
 
 
 def test_a_cut_through_an_open_group_loses_no_count(tmp_path: Path) -> None:
@@ -207,5 +245,5 @@ def test_video_error_survives_pickling() -> None:
 def test_without_decord_pyav_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "clip.mp4", total=20)
     monkeypatch.setitem(__import__("sys").modules, "decord", None)
-    with pytest.warns(UserWarning, match="decord is not installed"):
+    with pytest.warns(UserWarning, match=r"decord is not installed: videos are read with PyAV instead$"):
         assert numbers(read_frames(path, 20)) == list(range(20))
