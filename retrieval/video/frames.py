@@ -63,7 +63,8 @@ def read_frames(
     line = timeline(path)
     if frames_per_second is not None and line.fps <= 0:
         raise VideoError(path, "it states no frame rate; read it with frames_per_second=None")
-    indices = frame_indices(len(line.times), line.fps, count, slicing, frames_per_second)
+    seconds = None if frames_per_second is None else line.seconds
+    indices = frame_indices(len(line.times), line.fps, count, slicing, frames_per_second, seconds=seconds)
     short = size if resizing == "decoder" else None
     try:
         frames = BACKENDS[backend](path, indices, line, short)
@@ -75,14 +76,29 @@ def read_frames(
 
 
 def frame_indices(
-    total: int, fps: float, count: int, slicing: str = "uniform", frames_per_second: float | None = None
+    total: int,
+    fps: float,
+    count: int,
+    slicing: str = "uniform",
+    frames_per_second: float | None = None,
+    *,
+    seconds: np.ndarray | None = None,
 ) -> np.ndarray:
     """Choose at most `count` of `total` frames by CLIP4Clip's rule (Luo et al. 2021, https://arxiv.org/abs/2104.08860).
 
-    One candidate each 1 / `frames_per_second` seconds, or every frame if that is None. Of more than `count` candidates
-    keep the first ("head"), the last ("tail") or evenly spaced ones, `linspace(0, n - 1, count)` rounded down
-    ("uniform": of 13 candidates, 12 are 0 to 10 and 12). The authors' code rounds `fps` down first and so drifts, at
-    29.97 fps by a second in half a minute; here candidates stand at the exact times.
+    The candidates are the frames that a player shows at 0, 1, 2, ... times 1 / `frames_per_second` seconds after the
+    first, each once, or every frame if that is None. Of more than `count` candidates keep the first ("head"), the last
+    ("tail") or evenly spaced ones, `linspace(0, n - 1, count)` rounded down ("uniform": of 13 candidates, 12 are 0 to
+    10 and 12). The authors' code rounds `fps` down first and so drifts, at 29.97 fps by a second in half a minute; here
+    candidates stand at the exact times.
+
+    Args:
+        total: frames of the video.
+        fps: its average rate; the last frame is taken to last 1 / `fps` seconds.
+        count: the most frames to choose.
+        slicing: one of `SLICINGS`.
+        frames_per_second: the rate of the candidates, or None.
+        seconds: (total,) since the first frame, ascending; None for a constant rate.
 
     Returns:
         (T,) int64, strictly ascending, T <= count.
@@ -94,10 +110,10 @@ def frame_indices(
     if frames_per_second is None:
         candidates = np.arange(total)
     elif frames_per_second > 0 and fps > 0:
-        step = max(fps / frames_per_second, 1.0)  # a video slower than the rate gives each frame once
-        # 1e-6: k * step may come out just below a whole number
-        candidates = np.floor(np.arange(0, np.ceil(total / step)) * step + 1e-6).astype(np.int64)
-        candidates = candidates[candidates < total]
+        begins = np.arange(total) / fps if seconds is None else seconds
+        bounds = np.append(begins, begins[-1] + 1 / fps) - 1e-6 / fps  # a frame may begin just after its time
+        # how many times lie before each bound; a frame is a candidate if one lies between its own and the next
+        candidates = np.flatnonzero(np.diff(np.ceil(bounds * frames_per_second)) > 0)
     else:
         raise ValueError(f"cannot sample {frames_per_second} frames a second from {fps}; both must be positive")
     if len(candidates) <= count:

@@ -1,6 +1,6 @@
 """Which frames a video file holds, and whether a decoder may seek among them.
 
-    timeline("video7010.mp4")      # Timeline(times=(0, 512, 1024, ...), fps=25.0, seekable=True)
+    timeline("video7010.mp4")      # Timeline(times=(0, 512, 1024, ...), fps=25.0, seekable=True, ...)
 
 Frames are chosen from the timeline before anything is decoded, so every backend returns the same ones.
 """
@@ -39,6 +39,7 @@ class Timeline:
         fps: average frames per second, 0.0 if the container does not say.
         seekable: whether the n-th packet of each key frame is the n-th frame shown, and a seek to it finds it.
         keys: which frames are key frames, ascending; empty where it is not seekable.
+        unit: of the times, in seconds.
         plain: whether frames of an MP4 have 8 bits a channel and are shown as they are stored, neither turned nor
             mirrored; what a decoder makes of others is its own affair.
     """
@@ -48,6 +49,20 @@ class Timeline:
     seekable: bool
     keys: tuple[int, ...] = ()
     plain: bool = True
+    unit: float = 0.0
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """(n,) float64 >= 0, ascending: when each frame is shown, since the first.
+
+        Where the times say no more than a constant rate does, to within one unit, it is n / fps: the file has rounded.
+        """
+        even = np.arange(len(self.times)) / self.fps
+        if None in self.times:
+            return even
+        ticks = np.array(self.times, np.int64)
+        stored = np.maximum.accumulate(ticks - ticks[0]) * self.unit
+        return even if np.abs(stored - even).max() <= self.unit else stored
 
 
 def timeline(path: str | PathLike[str]) -> Timeline:
@@ -66,10 +81,10 @@ def timeline(path: str | PathLike[str]) -> Timeline:
     try:
         with av.open(str(path)) as container:
             stream = video_stream(path, container)
-            fps = float(stream.average_rate or 0)
+            fps, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
             if "mp4" not in container.format.name:
                 times = tuple(frame.pts for frame in decode(path, container, stream))
-                return _checked(path, Timeline(times, fps, seekable=False))
+                return _checked(path, Timeline(times, fps, seekable=False, unit=unit))
             indexed = [entry.pos + entry.size for entry in stream.index_entries]
             packets = [packet for packet in container.demux(stream) if packet.size]
             plain = _is_plain(stream, packets)
@@ -78,7 +93,7 @@ def timeline(path: str | PathLike[str]) -> Timeline:
     if max(indexed, default=0) > size:
         raise VideoError(path, f"it is truncated: {size} bytes, but its index names frames up to byte {max(indexed)}")
     line = _from_packets(packets, fps, whole_index=len(indexed) == len(packets))
-    return _checked(path, replace(line, plain=plain))
+    return _checked(path, replace(line, plain=plain, unit=unit))
 
 
 def video_stream(path: str | PathLike[str], container: av.container.InputContainer) -> av.VideoStream:

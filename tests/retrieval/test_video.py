@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from video_files import BAD_FILES, CLOSED, SIDE, encode, numbers, shown_as
+from video_files import BAD_FILES, CLOSED, SIDE, encode, numbered, numbers, shown_as
 
 from retrieval.video import BACKENDS, VideoError, frame_indices, read_frames, resize_and_crop
 from retrieval.video.timeline import timeline
@@ -132,6 +132,40 @@ def test_one_frame_a_second(tmp_path: Path, backend: str) -> None:
     path = encode(tmp_path / "clip.mp4", total=130, options=CLOSED)
     assert numbers(read_frames(path, 12, frames_per_second=1, backend=backend)) == [0, 24, 48, 72, 96, 120]
     assert numbers(read_frames(path, 4, frames_per_second=2, slicing="tail", backend=backend)) == [84, 96, 108, 120]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm"])
+def test_one_frame_a_second_at_a_variable_rate(tmp_path: Path, name: str, backend: str) -> None:
+    """5 s at 30 fps, then 10 s at 5 fps: the frame that is shown at each second, whatever the average rate."""
+    times = [33 * number for number in range(150)]
+    times += [times[-1] + 200 * number for number in range(1, 51)]  # ms
+    path, unit = tmp_path / name, Fraction(1, 1000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264" if name.endswith("mp4") else "libvpx-vp9", rate=30)
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = unit
+        stream.options = CLOSED if name.endswith("mp4") else VP9
+        for time, picture in zip(times, numbered(200), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    shown = [max(number for number in range(200) if times[number] <= 1000 * second) for second in range(15)]
+    assert numbers(read_frames(path, 20, frames_per_second=1, backend=backend)) == shown
+    assert numbers(read_frames(path, 3, frames_per_second=1, slicing="tail", backend=backend)) == shown[-3:]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])  # the second rounds times to milliseconds
+@pytest.mark.parametrize("rate", [Fraction(30_000, 1001), 24, 30])
+def test_rounded_times_are_a_constant_rate(tmp_path: Path, name: str, rate: Fraction | int) -> None:
+    path = encode(tmp_path / name, 130, "mpeg4", rate=rate, options={"b": "2000000"})
+    line = timeline(path)
+    assert line.fps == pytest.approx(float(rate), rel=1e-6)
+    for a_second in (1.0, 1.5, 3.0, 7.0, 100.0):
+        expected = sorted({int(k * rate / Fraction(a_second)) for k in range(1000)})
+        expected = [index for index in expected if index < 130]
+        assert frame_indices(130, line.fps, 130, "head", a_second, seconds=line.seconds).tolist() == expected
 
 
 def test_frame_indices_of_13_seconds() -> None:
