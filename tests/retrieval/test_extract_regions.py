@@ -96,9 +96,9 @@ def test_weights_come_from_either_kind_of_file(detector: nn.Module, tmp_path: Pa
 # ---- many pictures
 
 
-def described(count: int) -> list[Described]:
-    captions = [tuple(f"caption {n} of {number}" for n in range(5)) for number in range(count)]
-    return [Described(50 + number, f"{number}.png", captions[number]) for number in range(count)]
+def described(count: int, first: int = 0) -> list[Described]:
+    captions = [tuple(f"caption {n} of {number}" for n in range(5)) for number in range(first, first + count)]
+    return [Described(50 + first + n, f"{first + n}.png", captions[n]) for n in range(count)]
 
 
 def mean_colours(image: Image.Image) -> np.ndarray:
@@ -106,9 +106,12 @@ def mean_colours(image: Image.Image) -> np.ndarray:
     return np.tile(np.asarray(image, dtype=np.float32).mean((0, 1)), (image.width // 10, 1))
 
 
-def run_extraction(folder: Path, features_of: object = mean_colours, source: str = "test", **options: bool) -> list:
+def run_extraction(
+    folder: Path, features_of: object = mean_colours, source: str = "test", first: int = 0, **options: bool
+) -> list:
     settings = {"fixed": False, "half": False} | options
-    return extract("dev", described(6), folder, folder, features_of, width=3, source=source, **settings)  # type: ignore[arg-type]
+    images = described(6, first)
+    return extract("dev", images, folder, folder, features_of, width=3, source=source, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -158,6 +161,35 @@ def test_regions_that_never_reached_the_disk_are_extracted_again(pictures: Path)
     run_extraction(pictures)
     with Image.open(pictures / "3.png") as image:
         assert np.array_equal(read_precomputed(pictures, "dev").features[3], mean_colours(image))
+
+
+def test_another_list_of_pictures_is_refused(pictures: Path) -> None:
+    """Of equal length: the first regions would become those of other pictures."""
+    for number in (6, 7):
+        picture(number).save(pictures / f"{number}.png")
+
+    def dying(image: Image.Image) -> np.ndarray:
+        if image.width == 50:
+            raise KeyboardInterrupt
+        return mean_colours(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_extraction(pictures, dying)
+    with pytest.raises(ValueError, match=r"was begun with .*'pictures'.*give the split file .* or delete it"):
+        run_extraction(pictures, first=2)
+    run_extraction(pictures)
+    with pytest.raises(ValueError, match=r"holds other pictures than the 6 .* dev_ids\.txt .* give the split file"):
+        run_extraction(pictures, first=2)
+    assert read_precomputed(pictures, "dev").ids.tolist() == list(range(50, 56))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_finished_split_keeps_its_precision(pictures: Path, half: bool) -> None:
+    run_extraction(pictures, half=half)
+    mine, other = ("float16", "float32") if half else ("float32", "float16")
+    with pytest.raises(ValueError, match=f"holds {mine}, but {other} is asked for; ask for {mine} .*--float16"):
+        run_extraction(pictures, half=not half)
+    assert run_extraction(pictures, half=half) == []
 
 
 def test_unreadable_pictures_are_left_out_and_listed(pictures: Path) -> None:
