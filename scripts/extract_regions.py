@@ -5,9 +5,9 @@
     python scripts/extract_regions.py --images coco --karpathy dataset_coco.json --ids cocoid --boxes 10 100 \\
         --weights fasterrcnn.safetensors --float16 --output data/coco
 
-A feature is the box head's output, 1,024 numbers. Launched again, a killed extraction goes on. Pictures that cannot be
-read are left out with their captions, counted, and listed in {split}_unreadable.txt; such a split is no longer the
-published one, so training then needs data.counts=any.
+A feature is the box head's output, 1,024 numbers. A graphics card is used where torch sees one; see --device. Launched
+again, a killed extraction goes on. Pictures that cannot be read are left out with their captions, counted, and listed
+in {split}_unreadable.txt; such a split is no longer the published one, so training then needs data.counts=any.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from command_line import mistakes_in_one_line
 from PIL import Image
 
@@ -40,6 +41,8 @@ def extract_all(arguments: argparse.Namespace) -> None:
     if len(arguments.boxes) > 2:
         raise ValueError(f"--boxes takes one number, or the fewest and the most, but got {arguments.boxes}")
     choice = BoxChoice(fewest=arguments.boxes[0], most=arguments.boxes[-1], score=arguments.score)
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {arguments.device}, but torch sees no CUDA device; leave it out, or give cpu")
     splits = read_karpathy(arguments.karpathy, arguments.ids).splits
     images = [image for split in splits.values() for image in split]
     if not any(inside(arguments.images, image.file).is_file() for image in images):
@@ -47,7 +50,7 @@ def extract_all(arguments: argparse.Namespace) -> None:
             f"none of {len(images)} pictures is in --images {arguments.images}: {images[0].file}, ..."
         )
     output: Path = arguments.output
-    model = faster_rcnn(arguments.weights, size=arguments.size)
+    model = faster_rcnn(arguments.weights, size=arguments.size).to(arguments.device)
     source = describe_detector(arguments.weights, choice, arguments.size)
     claim(output, source, [output / f"{split}_ims.npy" for split in splits])
 
@@ -82,6 +85,13 @@ def claim(output: Path, source: str, files: list[Path]) -> None:
     path.write_text(source + "\n", encoding="utf-8")
 
 
+def device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device of torch; expected cpu, cuda, cuda:1, ...") from None
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
@@ -93,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add("--boxes", type=int, nargs="+", default=[36], help="regions an image, or the fewest and the most; default: 36")
     add("--score", type=float, default=0.2, help="that a region beyond the fewest must reach; default: %(default)s")
     add("--size", type=int, default=800, help="pixels of a picture's shorter side; default: %(default)s")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--float16", action="store_true", help="store float16: half the disk")
     add("--output", type=Path, required=True, help="folder, such as data/flickr30k")
     return options

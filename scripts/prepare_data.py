@@ -5,8 +5,9 @@ An embedded data set is made, with its encoders fetched; of videos the frames ar
     python scripts/prepare_data.py data=openmoji
     python scripts/prepare_data.py data=msrvtt root=/data/resora data.prepare.workers=8
 
-`verify` counts items and sentences, beside the published numbers, and opens every item; it ends with exit code 1 if
-something is wrong:
+`verify` counts items and sentences, beside the published numbers, and looks into the files: it opens every picture of
+openmoji, the index of every video, and the region features of 256 images a split of flickr30k and coco. decode=true
+decodes the frames that are kept, and reads the features of every image. It ends with exit code 1 if something is wrong:
 
     python scripts/prepare_data.py verify data=openmoji_clips
     python scripts/prepare_data.py verify data=msrvtt root=/data/resora decode=true

@@ -101,27 +101,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def region_features(model: nn.Module, picture: Image.Image, choice: BoxChoice) -> np.ndarray:
     """Features (K, 1024) float32 of the regions that `choice` keeps, best first.
 
+    They are computed where the model's weights are.
+
     Where suppression leaves too few, the best of what it dropped come next; a picture with fewer proposals than
     `choice.fewest` repeats them from the best on.
     """
-    detector = cast(Any, model)
-    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    detector, device = cast(Any, model), next(model.parameters()).device
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).to(device).permute(2, 0, 1).float() / 255
     images, _ = detector.transform([pixels])
     maps = detector.backbone(images.tensors)
     proposals, _ = detector.rpn(images, maps)
     if not len(proposals[0]):  # a picture of a few pixels: all of it is the one region
         height, width = images.image_sizes[0]
-        proposals = [torch.tensor([[0.0, 0.0, width, height]])]
+        proposals = [torch.tensor([[0.0, 0.0, width, height]], device=device)]
     heads = detector.roi_heads
     features = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))  # (P, 1024)
     logits, deltas = heads.box_predictor(features)
     scores, classes = logits.softmax(dim=-1)[:, 1:].max(dim=-1)  # without the background
-    boxes = heads.box_coder.decode(deltas, proposals)[torch.arange(len(classes)), classes + 1]
+    boxes = heads.box_coder.decode(deltas, proposals)[torch.arange(len(classes), device=device), classes + 1]
     order = best_first(boxes, scores, classes, images.image_sizes[0], heads.nms_thresh)
     good = int((scores[order.kept] >= choice.score).sum())
     count = min(max(good, choice.fewest), choice.most)
     ranked = torch.cat([order.kept, order.dropped])
-    return features[ranked[torch.arange(count) % len(ranked)]].numpy()
+    return features[ranked[torch.arange(count, device=device) % len(ranked)]].cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ each picture that is done, written after its regions, so that what the journal s
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from retrieval.regions.bottom_up import save_offsets
 from retrieval.regions.feature_file import FeatureFile
 from retrieval.regions.karpathy import Described
 from retrieval.regions.pictures import inside
-from retrieval.regions.precomputed import write_texts
+from retrieval.regions.precomputed import open_npy, write_texts
 
 
 class Unreadable(NamedTuple):
@@ -59,14 +60,17 @@ def extract(
         `{split}_unreadable.txt`.
 
     Raises:
-        ValueError: the extraction was begun in another way, a picture's name leads out of the folder, or no picture
-            could be read.
+        ValueError: the extraction was begun or finished in another way or for other pictures, a picture's name leads
+            out of the folder, or no picture could be read.
     """
     path, listed = folder / f"{split}_ims.npy", folder / f"{split}_unreadable.txt"
-    journal = _Journal(folder / f"{split}_ims.npy.journal", {"source": source, "half": half, "images": len(images)})
+    settings = {"source": source, "half": half, "images": len(images), "pictures": _digest(images)}
+    journal = _Journal(folder / f"{split}_ims.npy.journal", settings)
     if path.is_file():
+        unreadable = [Unreadable(*line.split("\t", 1)) for line in _lines(listed)]
+        _check_finished(path, folder / f"{split}_ids.txt", images, unreadable, half=half)
         journal.path.unlink(missing_ok=True)
-        return [Unreadable(*line.split("\t", 1)) for line in _lines(listed)]
+        return unreadable
     paths = [inside(pictures, image.file) for image in images]
     done = journal.begin(FeatureFile.rows_there(path, width, half=half))
     row = sum(entry["boxes"] for entry in done)
@@ -112,6 +116,30 @@ def read_picture(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 
+def _digest(images: Sequence[Described]) -> str:
+    """Of their numbers and files, in order."""
+    return hashlib.sha256(json.dumps([(image.number, image.file) for image in images]).encode()).hexdigest()[:16]
+
+
+def _check_finished(
+    path: Path, ids: Path, images: Sequence[Described], unreadable: Sequence[Unreadable], *, half: bool
+) -> None:
+    stored, wanted = open_npy(path).dtype, "float16" if half else "float32"
+    if stored != wanted:
+        raise ValueError(
+            f"{path} is finished and holds {stored}, but {wanted} is asked for; ask for {stored} "
+            f"({'without' if half else 'with'} --float16), choose another folder for the output, or delete the file to "
+            "extract it anew"
+        )
+    left_out = {item.file for item in unreadable}
+    if _lines(ids) != [str(image.number) for image in images if image.file not in left_out]:
+        raise ValueError(
+            f"{path} is finished and holds other pictures than the {len(images)} that are asked for: {ids.name} does "
+            "not list their numbers; give the split file that it was made with, choose another folder for the output, "
+            "or delete the file to extract it anew"
+        )
+
+
 class _Journal:
     """A line of JSON for each picture that is done, after a first one that says how."""
 
@@ -125,8 +153,9 @@ class _Journal:
         if lines:  # the last element of the split, dropped above, is empty or a line that was cut off
             if (earlier := json.loads(lines[0])) != self.settings:
                 raise ValueError(
-                    f"{self.path} was begun with {earlier}, not with {self.settings}; delete it and its .partial file "
-                    "to begin anew"
+                    f"{self.path} was begun with {earlier}, not with {self.settings} (pictures: a digest of their "
+                    "numbers and files); give the split file and the options that it was begun with, or delete it and "
+                    "its .partial file to begin anew"
                 )
             entries = [json.loads(line) for line in lines[1:]]
         while sum(entry["boxes"] for entry in entries) > rows:

@@ -5,7 +5,7 @@ Files of a cache called ``test`` that was written with `Reading` R, in ``<folder
 - ``test.npy``: (n, T, H, W, 3) uint8, memory-mapped; a clip with fewer than T frames leaves the rest of its row zero.
   The file is sparse: a clip without frames takes no room.
 - ``test.items.jsonl``: one line for each clip that is done, appended after its frames are on the disk: its number of
-  frames or why it has none, the size of its video in bytes, and the video's SHA-256.
+  frames or why it has none, the size of its video in bytes, and the video's SHA-256 if it was read to the end.
 - ``test.json``: R and the clips in the order of the rows.
 - ``test.unreadable.csv``: for people, the clips without frames and why.
 
@@ -37,7 +37,7 @@ class Item:
         frames: how many of its row's frames are real.
         reason: why there are none; "" where there are some.
         bytes: size of the video that they come from, 0 where there was no file.
-        sha256: of that video, as hexadecimal digits; "" where there was no file.
+        sha256: of that video, as hexadecimal digits; "" where there was no file or reading it did not come to an end.
     """
 
     frames: int

@@ -173,7 +173,8 @@ def _read(
     for position, read in timed_map(function, paths, workers=workers, seconds=time_limit):
         clip, path = todo[position]
         if isinstance(read, Failure):
-            read = Clip(reading.none(), Item(0, read.reason, *size_and_digest(path)))
+            # without a digest: this process has no time limit, and the file may stall again
+            read = Clip(reading.none(), Item(0, read.reason, path.stat().st_size if path.is_file() else 0))
         yield clip, read
 
 

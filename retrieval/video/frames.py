@@ -18,7 +18,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from retrieval.video.timeline import Timeline, VideoError, decode, decode_only, timeline, video_stream
+from retrieval.video.timeline import Timeline, VideoError, decode, decode_only, orientation, timeline, video_stream
 
 __all__ = ["BACKENDS", "RESIZING", "SLICINGS", "VideoError", "frame_indices", "read_frames", "resize_and_crop"]
 
@@ -50,7 +50,7 @@ def read_frames(
         backend: one of `BACKENDS`. A file that it cannot read exactly goes to PyAV.
 
     Returns:
-        (T, H, W, 3) uint8 RGB frames in order of presentation, 1 <= T <= count.
+        (T, H, W, 3) uint8 RGB frames in order of presentation, turned as players show them, 1 <= T <= count.
 
     Raises:
         VideoError: the file is missing, empty, truncated, damaged, or not a video.
@@ -63,7 +63,8 @@ def read_frames(
     line = timeline(path)
     if frames_per_second is not None and line.fps <= 0:
         raise VideoError(path, "it states no frame rate; read it with frames_per_second=None")
-    indices = frame_indices(len(line.times), line.fps, count, slicing, frames_per_second)
+    seconds = None if frames_per_second is None else line.seconds
+    indices = frame_indices(len(line.times), line.fps, count, slicing, frames_per_second, seconds=seconds)
     short = size if resizing == "decoder" else None
     try:
         frames = BACKENDS[backend](path, indices, line, short)
@@ -75,14 +76,29 @@ def read_frames(
 
 
 def frame_indices(
-    total: int, fps: float, count: int, slicing: str = "uniform", frames_per_second: float | None = None
+    total: int,
+    fps: float,
+    count: int,
+    slicing: str = "uniform",
+    frames_per_second: float | None = None,
+    *,
+    seconds: np.ndarray | None = None,
 ) -> np.ndarray:
     """Choose at most `count` of `total` frames by CLIP4Clip's rule (Luo et al. 2021, https://arxiv.org/abs/2104.08860).
 
-    One candidate each 1 / `frames_per_second` seconds, or every frame if that is None. Of more than `count` candidates
-    keep the first ("head"), the last ("tail") or evenly spaced ones, `linspace(0, n - 1, count)` rounded down
-    ("uniform": of 13 candidates, 12 are 0 to 10 and 12). The authors' code rounds `fps` down first and so drifts, at
-    29.97 fps by a second in half a minute; here candidates stand at the exact times.
+    The candidates are the frames that a player shows at 0, 1, 2, ... times 1 / `frames_per_second` seconds after the
+    first, each once, or every frame if that is None. Of more than `count` candidates keep the first ("head"), the last
+    ("tail") or evenly spaced ones, `linspace(0, n - 1, count)` rounded down ("uniform": of 13 candidates, 12 are 0 to
+    10 and 12). The authors' code rounds `fps` down first and so drifts, at 29.97 fps by a second in half a minute; here
+    candidates stand at the exact times.
+
+    Args:
+        total: frames of the video.
+        fps: its average rate; the last frame is taken to last 1 / `fps` seconds.
+        count: the most frames to choose.
+        slicing: one of `SLICINGS`.
+        frames_per_second: the rate of the candidates, or None.
+        seconds: (total,) since the first frame, ascending; None for a constant rate.
 
     Returns:
         (T,) int64, strictly ascending, T <= count.
@@ -94,10 +110,10 @@ def frame_indices(
     if frames_per_second is None:
         candidates = np.arange(total)
     elif frames_per_second > 0 and fps > 0:
-        step = max(fps / frames_per_second, 1.0)  # a video slower than the rate gives each frame once
-        # 1e-6: k * step may come out just below a whole number
-        candidates = np.floor(np.arange(0, np.ceil(total / step)) * step + 1e-6).astype(np.int64)
-        candidates = candidates[candidates < total]
+        begins = np.arange(total) / fps if seconds is None else seconds
+        bounds = np.append(begins, begins[-1] + 1 / fps) - 1e-6 / fps  # a frame may begin just after its time
+        # how many times lie before each bound; a frame is a candidate if one lies between its own and the next
+        candidates = np.flatnonzero(np.diff(np.ceil(bounds * frames_per_second)) > 0)
     else:
         raise ValueError(f"cannot sample {frames_per_second} frames a second from {fps}; both must be positive")
     if len(candidates) <= count:
@@ -112,20 +128,23 @@ def decord_frames(
 ) -> np.ndarray:
     """Decode frames `indices` with decord, (T, H, W, 3) uint8, at the file's own size or scaled to a short side.
 
-    decord seeks, which is what makes it fast: 12 frames of a 20 s video in 200 ms, all of them in 850 ms. But decord
+    decord seeks, which saves decoding: 12 frames of a 20 s video in 200 ms, all of them in 850 ms. But decord
     0.6.0 seeks to the n-th packet and calls what it decodes next the n-th frame. In an open group of pictures, frames
     shown before the key frame are stored after it, so the two numbers differ and it returns wrong frames without a
-    word. Its own timestamps are sorted and cannot tell; the order of the packets can, so such files are refused.
+    word. Its own timestamps are sorted and cannot tell; the order of the packets can, so such files are refused. So are
+    those that are not plain: of 10 bits a channel it makes other colours than FFmpeg.
 
     Raises:
         VideoError: decord is not installed, fails, or could return wrong frames.
     """
     if not line.seekable:
         raise VideoError(path, "decord could return wrong frames: open groups of pictures, edit list, or not an MP4")
+    if not line.plain:
+        raise VideoError(path, "decord could return wrong pixels: over 8 bits a channel, or to be turned or mirrored")
     try:
         import decord
     except ImportError as error:
-        warnings.warn("decord is not installed: videos are read with PyAV, which is slower", stacklevel=3)
+        warnings.warn("decord is not installed: videos are read with PyAV instead", stacklevel=3)
         raise VideoError(path, "decord is not installed") from error
     decord.logging.set_level(decord.logging.QUIET)  # what it would say on stderr is in the VideoError
     try:
@@ -183,9 +202,18 @@ def _in_order(path: str | PathLike[str], indices: np.ndarray, line: Timeline, sh
 
 def _rgb(frame: av.VideoFrame, short: int | None) -> np.ndarray:
     if short is None:
-        return frame.to_ndarray(format="rgb24")
+        return _upright(frame.to_ndarray(format="rgb24"), frame)
     width, height = _scaled(frame.width, frame.height, short)
-    return frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    return _upright(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC"), frame)
+
+
+def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) turned and mirrored by the frame's display matrix, to the nearest quarter."""
+    a, b, c, d = orientation(frame) or (1, 0, 0, 1)
+    across, down = a, d
+    if abs(b) > abs(a):
+        pixels, across, down = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
 def _size(path: str | PathLike[str]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Which frames a video file holds, and whether a decoder may seek among them.
 
-    timeline("video7010.mp4")      # Timeline(times=(0, 512, 1024, ...), fps=25.0, seekable=True)
+    timeline("video7010.mp4")      # Timeline(times=(0, 512, 1024, ...), fps=25.0, seekable=True, ...)
 
 Frames are chosen from the timeline before anything is decoded, so every backend returns the same ones.
 """
@@ -8,13 +8,15 @@ Frames are chosen from the timeline before anything is decoded, so every backend
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
+import numpy as np
 
 
 class VideoError(Exception):
@@ -37,12 +39,30 @@ class Timeline:
         fps: average frames per second, 0.0 if the container does not say.
         seekable: whether the n-th packet of each key frame is the n-th frame shown, and a seek to it finds it.
         keys: which frames are key frames, ascending; empty where it is not seekable.
+        unit: of the times, in seconds.
+        plain: whether frames of an MP4 have 8 bits a channel and are shown as they are stored, neither turned nor
+            mirrored; what a decoder makes of others is its own affair.
     """
 
     times: tuple[int | None, ...]
     fps: float
     seekable: bool
     keys: tuple[int, ...] = ()
+    plain: bool = True
+    unit: float = 0.0
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """(n,) float64 >= 0, ascending: when each frame is shown, since the first.
+
+        Where the times say no more than a constant rate does, to within one unit, it is n / fps: the file has rounded.
+        """
+        even = np.arange(len(self.times)) / self.fps
+        if None in self.times:
+            return even
+        ticks = np.array(self.times, np.int64)
+        stored = np.maximum.accumulate(ticks - ticks[0]) * self.unit
+        return even if np.abs(stored - even).max() <= self.unit else stored
 
 
 def timeline(path: str | PathLike[str]) -> Timeline:
@@ -61,17 +81,19 @@ def timeline(path: str | PathLike[str]) -> Timeline:
     try:
         with av.open(str(path)) as container:
             stream = video_stream(path, container)
-            fps = float(stream.average_rate or 0)
+            fps, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
             if "mp4" not in container.format.name:
                 times = tuple(frame.pts for frame in decode(path, container, stream))
-                return _checked(path, Timeline(times, fps, seekable=False))
+                return _checked(path, Timeline(times, fps, seekable=False, unit=unit))
             indexed = [entry.pos + entry.size for entry in stream.index_entries]
             packets = [packet for packet in container.demux(stream) if packet.size]
+            plain = _is_plain(stream, packets)
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it ({error.strerror})") from error
     if max(indexed, default=0) > size:
         raise VideoError(path, f"it is truncated: {size} bytes, but its index names frames up to byte {max(indexed)}")
-    return _checked(path, _from_packets(packets, fps, whole_index=len(indexed) == len(packets)))
+    line = _from_packets(packets, fps, whole_index=len(indexed) == len(packets))
+    return _checked(path, replace(line, plain=plain, unit=unit))
 
 
 def video_stream(path: str | PathLike[str], container: av.container.InputContainer) -> av.VideoStream:
@@ -133,6 +155,27 @@ def decode_only(
                 return
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot decode a frame that it needs ({error.strerror})") from error
+
+
+def orientation(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
+    """(a, b, c, d) of the display matrix: the pixel stored at (x, y) is shown at (ax + cy, bx + dy); None without."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return None
+    a, b, _, c, d = np.frombuffer(cast(Any, matrix), np.int32, count=5).tolist()  # 16.16 fixed point
+    return a, b, c, d
+
+
+def _is_plain(stream: av.VideoStream, packets: list[av.Packet]) -> bool:
+    form = stream.codec_context.format
+    if form is not None and max(component.bits for component in form.components) > 8:
+        return False
+    with suppress(av.FFmpegError):  # a damaged frame is for those to name who read it
+        first = next((packet for packet in packets if packet.is_keyframe), None)
+        for frame in [*first.decode(), *stream.codec_context.decode(None)] if first else []:
+            a, b, c, d = orientation(cast(av.VideoFrame, frame)) or (1, 0, 0, 1)
+            return a > 0 and d > 0 and b == c == 0
+    return True
 
 
 def _from_packets(packets: list[av.Packet], fps: float, whole_index: bool) -> Timeline:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from adapters.torchvision_cpu import use_cpu_kernels
 from retrieval.regions.detector import BoxChoice, best_first, faster_rcnn, read_weights, region_features
 from retrieval.regions.extraction import extract
 from retrieval.regions.karpathy import Described
@@ -61,6 +62,66 @@ def test_ranking_puts_what_suppression_drops_last() -> None:
     assert ranking.kept.tolist() == [1, 3, 2] and ranking.dropped.tolist() == [0]
 
 
+class Known(nn.Module):
+    """A detector of which proposals, logits and deltas are known; a region's first feature is its proposal's number."""
+
+    def __init__(self, proposals: torch.Tensor, logits: torch.Tensor, deltas: torch.Tensor) -> None:
+        use_cpu_kernels()
+        from torchvision.models.detection.image_list import ImageList
+        from torchvision.models.detection.roi_heads import RoIHeads
+
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.transform = lambda pixels: (ImageList(pixels[0][None], [tuple(pixels[0].shape[1:])]), None)
+        self.backbone = lambda images: images
+        self.rpn = lambda images, maps: ([proposals], {})
+        features = torch.arange(len(proposals))[:, None].expand(-1, 1024).float()
+        self.roi_heads = RoIHeads(None, None, None, 0.5, 0.5, 1, 0.5, None, 0.0, 1.0, 10**6)
+        self.roi_heads.box_roi_pool = lambda maps, boxes, sizes: features
+        self.roi_heads.box_head = lambda pooled: pooled
+        self.roi_heads.box_predictor = lambda found: (logits, deltas)
+
+
+def test_a_box_is_the_one_regressed_for_its_class() -> None:
+    """Against the boxes, scores and labels that torchvision makes of the same logits and deltas."""
+    torch.manual_seed(0)
+    count, classes, size = 40, 5, (100, 120)
+    corner = torch.rand(count, 2) * 60
+    proposals = torch.cat([corner, corner + 20 + 20 * torch.rand(count, 2)], dim=1)
+    logits, deltas = 3 * torch.randn(count, classes), 5 * torch.randn(count, 4 * classes)
+    model = Known(proposals, logits, deltas)
+    (boxes,), (scores,), (labels,) = model.roi_heads.postprocess_detections(logits, deltas, [proposals], [size])
+    best_scores, best = logits.softmax(1)[:, 1:].max(1)
+    rows = [int(((scores == s) & (labels == c)).nonzero()) for s, c in zip(best_scores, best + 1, strict=True)]
+    expected = best_first(boxes[rows], best_scores, best, size, overlap=0.1)
+    assert 5 < len(expected.dropped) < 35
+    model.roi_heads.nms_thresh = 0.1
+    found = region_features(model, picture(0, size[1], size[0]), BoxChoice(fewest=count, most=count))
+    assert found[:, 0].tolist() == [*expected.kept.tolist(), *expected.dropped.tolist()]
+
+
+def test_a_score_decides_between_the_fewest_and_the_most() -> None:
+    scores = torch.tensor([0.1, 0.8, 0.3, 0.5])
+    left = torch.arange(4)[:, None] * 20.0
+    proposals = torch.cat([left, left, left + 10, left + 10], dim=1)  # apart from one another
+    model = Known(proposals, torch.stack([1 - scores, scores], dim=1).log(), torch.zeros(4, 8))
+    for score, fewest, most, expected in ((0.4, 1, 4, [1, 3]), (0.2, 1, 4, [1, 3, 2]), (0.4, 3, 4, [1, 3, 2]),
+                                          (0.0, 1, 3, [1, 3, 2]), (0.9, 1, 4, [1])):  # fmt: skip
+        found = region_features(model, picture(0), BoxChoice(fewest=fewest, most=most, score=score))
+        assert found[:, 0].tolist() == expected
+
+
+def test_pictures_go_where_the_weights_are() -> None:
+    model = Known(torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1, 8)).to("meta")
+
+    def transform(pixels: list[torch.Tensor]) -> None:
+        raise InterruptedError(pixels[0].device)
+
+    model.transform = transform
+    with pytest.raises(InterruptedError, match="meta"):
+        region_features(model, picture(0), BoxChoice())
+
+
 def test_number_of_regions(detector: nn.Module) -> None:
     assert region_features(detector, picture(1), BoxChoice()).shape == (36, 1024)
     assert len(region_features(detector, picture(1), BoxChoice(fewest=3, most=7, score=0.0))) == 7
@@ -96,9 +157,9 @@ def test_weights_come_from_either_kind_of_file(detector: nn.Module, tmp_path: Pa
 # ---- many pictures
 
 
-def described(count: int) -> list[Described]:
-    captions = [tuple(f"caption {n} of {number}" for n in range(5)) for number in range(count)]
-    return [Described(50 + number, f"{number}.png", captions[number]) for number in range(count)]
+def described(count: int, first: int = 0) -> list[Described]:
+    captions = [tuple(f"caption {n} of {number}" for n in range(5)) for number in range(first, first + count)]
+    return [Described(50 + first + n, f"{first + n}.png", captions[n]) for n in range(count)]
 
 
 def mean_colours(image: Image.Image) -> np.ndarray:
@@ -106,9 +167,12 @@ def mean_colours(image: Image.Image) -> np.ndarray:
     return np.tile(np.asarray(image, dtype=np.float32).mean((0, 1)), (image.width // 10, 1))
 
 
-def run_extraction(folder: Path, features_of: object = mean_colours, source: str = "test", **options: bool) -> list:
+def run_extraction(
+    folder: Path, features_of: object = mean_colours, source: str = "test", first: int = 0, **options: bool
+) -> list:
     settings = {"fixed": False, "half": False} | options
-    return extract("dev", described(6), folder, folder, features_of, width=3, source=source, **settings)  # type: ignore[arg-type]
+    images = described(6, first)
+    return extract("dev", images, folder, folder, features_of, width=3, source=source, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -160,6 +224,35 @@ def test_regions_that_never_reached_the_disk_are_extracted_again(pictures: Path)
         assert np.array_equal(read_precomputed(pictures, "dev").features[3], mean_colours(image))
 
 
+def test_another_list_of_pictures_is_refused(pictures: Path) -> None:
+    """Of equal length: the first regions would become those of other pictures."""
+    for number in (6, 7):
+        picture(number).save(pictures / f"{number}.png")
+
+    def dying(image: Image.Image) -> np.ndarray:
+        if image.width == 50:
+            raise KeyboardInterrupt
+        return mean_colours(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_extraction(pictures, dying)
+    with pytest.raises(ValueError, match=r"was begun with .*'pictures'.*give the split file .* or delete it"):
+        run_extraction(pictures, first=2)
+    run_extraction(pictures)
+    with pytest.raises(ValueError, match=r"holds other pictures than the 6 .* dev_ids\.txt .* give the split file"):
+        run_extraction(pictures, first=2)
+    assert read_precomputed(pictures, "dev").ids.tolist() == list(range(50, 56))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_finished_split_keeps_its_precision(pictures: Path, half: bool) -> None:
+    run_extraction(pictures, half=half)
+    mine, other = ("float16", "float32") if half else ("float32", "float16")
+    with pytest.raises(ValueError, match=f"holds {mine}, but {other} is asked for; ask for {mine} .*--float16"):
+        run_extraction(pictures, half=not half)
+    assert run_extraction(pictures, half=half) == []
+
+
 def test_unreadable_pictures_are_left_out_and_listed(pictures: Path) -> None:
     (pictures / "1.png").write_bytes(b"not a picture")
     (pictures / "4.png").unlink()
@@ -179,14 +272,44 @@ def test_unreadable_pictures_are_left_out_and_listed(pictures: Path) -> None:
 # ---- the command
 
 
-def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def write_split_file(path: Path) -> Path:
     splits = ["train", "train", "val", "test"]
     images = [
         {"imgid": n, "filename": f"{n}.png", "split": split, "sentences": [{"raw": f"{n} {m}"} for m in range(5)]}
         for n, split in enumerate(splits)
     ]
-    split_file = tmp_path / "split.json"
-    split_file.write_text(json.dumps({"dataset": "flickr30k", "images": images}))
+    path.write_text(json.dumps({"dataset": "flickr30k", "images": images}))
+    return path
+
+
+@pytest.mark.parametrize("given", [None, "cpu"])
+def test_the_device(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    moved: list[torch.device] = []
+
+    class Model(nn.Module):
+        def to(self, device: torch.device) -> Model:
+            moved.append(device)
+            return self
+
+    monkeypatch.setattr(extract_regions, "faster_rcnn", lambda weights, size: Model())
+    monkeypatch.setattr(extract_regions, "region_features", lambda *_: np.ones((36, 1024), np.float32))
+    files = {"images": pictures, "karpathy": write_split_file(tmp_path / "split.json"), "output": tmp_path / "out"}
+    arguments = ["--random-weights", *(part for name, path in files.items() for part in (f"--{name}", str(path)))]
+    extract_regions.main([*arguments, *([] if given is None else ["--device", given])])
+    assert moved == [torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))]
+
+
+def test_devices_that_are_not_there(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    common = ["--images", "a", "--karpathy", "b", "--output", "c", "--random-weights"]
+    for name, message in (("gpu", "'gpu' is no device of torch"), ("cuda", "torch sees no CUDA device")):
+        with pytest.raises(SystemExit, match="2"):
+            extract_regions.main([*common, "--device", name])
+        assert message in capsys.readouterr().err
+
+
+def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    split_file = write_split_file(tmp_path / "split.json")
     output = tmp_path / "out"
 
     def run(*arguments: object, images: Path = pictures, size: int = SIZE) -> None:

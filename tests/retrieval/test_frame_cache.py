@@ -184,14 +184,20 @@ def test_damaged_pixels_are_refused(tmp_path: Path, videos: dict[str, Path]) -> 
         FrameCache(files(tmp_path)).frames("long")
 
 
-def test_a_reader_that_hangs_is_given_up(tmp_path: Path, videos: dict[str, Path]) -> None:
+def test_a_reader_that_hangs_is_given_up(
+    tmp_path: Path, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is not touched again in this process, where it would have no time limit."""
+    hashed: list[Path] = []
+    monkeypatch.setattr(writer, "size_and_digest", lambda path: hashed.append(path) or (0, ""))
     slow = tmp_path / "slow.mp4"
     slow.write_bytes(videos["short"].read_bytes())
     reading = Sleeper(frames=4, frames_per_second=1.0, size=32)
     clips = {"slow": slow, "short": videos["short"]}
     cache = write_cache(files(tmp_path, reading), clips, workers=1, time_limit=2)
     assert cache.unreadable == {"slow": "it took more than 2 s"}
-    assert cache.items["slow"].sha256 == cache.items["short"].sha256 != ""
+    assert not hashed and cache.items["slow"].sha256 == "" != cache.items["short"].sha256
+    assert cache.items["slow"].bytes == cache.items["short"].bytes == slow.stat().st_size
     np.testing.assert_array_equal(cache.frames("short"), READING.of(videos["short"]))
 
 

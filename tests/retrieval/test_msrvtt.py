@@ -238,6 +238,17 @@ def test_unreadable_videos(damaged: Path, cached: bool, capsys: pytest.CaptureFi
     assert len(test.visual(0)) > 0
 
 
+def test_a_video_that_stalled_is_not_opened_for_its_fingerprint(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(damaged, max_unreadable=0.5)
+    journal = next((damaged / "msrvtt" / "frames").rglob("test.items.jsonl"))
+    stalled = {"clip": TEST[0], "frames": 0, "reason": "it took more than 60 s", "bytes": 5000, "sha256": ""}
+    journal.write_text(journal.read_text() + json.dumps(stalled) + "\n")
+    monkeypatch.setattr("retrieval.data.msrvtt.size_and_digest", None)  # no file is hashed any more
+    with pytest.warns(UserWarning, match=f"{TEST[0]}: it took more than 60 s"):
+        test = MSRVTT(damaged, "test", **SMALL, max_unreadable=1.0)
+    assert len(test.fingerprint) == 64 and test.visual(0).shape == (0, 32, 32, 3)
+
+
 def test_too_many_are_refused_by_name(damaged: Path) -> None:
     with pytest.raises(ValueError, match=r"1 of 6 videos .*max_unreadable=0\.01.*video7.*max_unreadable=0\.17"):
         MSRVTT(damaged, "train", **{**SMALL, "validation": "test"})

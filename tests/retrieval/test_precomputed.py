@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,11 @@ from region_folders import features_of, write_split
 from retrieval.regions.feature_file import FeatureFile
 from retrieval.regions.precomputed import read_precomputed, write_precomputed
 from retrieval.regions.ragged import Ragged
+
+STATUS = Path("/proc/self/status")
+needs_account = pytest.mark.skipif(
+    not STATUS.is_file() or "VmHWM" not in STATUS.read_text(), reason="needs Linux's account of memory"
+)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -116,20 +123,44 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 # ---- memory
 
 
-def resident() -> int:
-    """Megabytes of this process that are in memory, mapped files included, as Linux has it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
+def megabytes(name: str) -> int:
+    """Of this process in memory, mapped files included, as Linux has it: VmRSS is now, VmHWM the most so far."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) >> 10
 
 
-def read_some(folder: Path, results: Connection) -> None:
-    before = resident()
+def peak_of(work: Callable[..., Any], *arguments: object) -> tuple[Any, int]:
+    """What `work` returns in a process of its own, and by how many megabytes it grew at the most."""
+    fork = multiprocessing.get_context("fork")
+    mine, theirs = fork.Pipe()
+
+    def child() -> None:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is there now
+        before = megabytes("VmRSS")  # not VmHWM: if it cannot be taken back, an early peak would hide a later one
+        result = work(*arguments)
+        theirs.send((result, megabytes("VmHWM") - before))
+
+    process = fork.Process(target=child)
+    process.start()
+    assert mine.poll(60)
+    result, grown = mine.recv()
+    process.join()
+    return result, grown
+
+
+def read_some(folder: Path) -> tuple[int, float]:
     features = read_precomputed(folder, "train").features
-    total = sum(float(features[image].sum()) for image in range(0, len(features), 364))
-    results.send((features.nbytes >> 20, resident() - before, total))
+    return features.nbytes >> 20, sum(float(features[image].sum()) for image in range(0, len(features), 364))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's account of memory")
+@needs_account
+def test_memory_that_was_given_back_counts() -> None:
+    total, grown = peak_of(lambda: int(np.ones(200 << 20, np.uint8).sum()))
+    assert total == 200 << 20 and 200 <= grown < 300
+
+
+@needs_account
 def test_a_large_file_is_not_read_into_memory(tmp_path: Path) -> None:
     """Eight gigabytes of features (Flickr30K has as many), a hole in the file; a process of its own reads 81 images."""
     shape = (29_200, 36, 2048)
@@ -137,13 +168,7 @@ def test_a_large_file_is_not_read_into_memory(tmp_path: Path) -> None:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + int(np.prod(shape)) * 4)
     (tmp_path / "train_caps.txt").write_text("a caption\n" * 5 * shape[0])
-    fork = multiprocessing.get_context("fork")
-    mine, theirs = fork.Pipe()
-    process = fork.Process(target=read_some, args=(tmp_path, theirs))
-    process.start()
-    assert mine.poll(60)
-    size, grown, total = mine.recv()
-    process.join()
+    (size, total), grown = peak_of(read_some, tmp_path)
     assert size > 8192 and total == 0
     assert grown < 100, f"{grown} MB in memory of a file of {size} MB"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from video_files import BAD_FILES, CLOSED, SIDE, encode, numbers
+from video_files import BAD_FILES, CLOSED, SIDE, encode, numbered, numbers, shown_as
 
 from retrieval.video import BACKENDS, VideoError, frame_indices, read_frames, resize_and_crop
 from retrieval.video.timeline import timeline
@@ -28,6 +29,8 @@ def decoded(path: Path) -> np.ndarray:
 FILES = {
     "h264": ("clip.mp4", {"options": CLOSED}),
     "h264 at 8 fps": ("clip.mp4", {"options": CLOSED, "rate": 8}),
+    "h264 at 29.97 fps": ("clip.mp4", {"options": CLOSED, "rate": Fraction(30_000, 1001)}),
+    "h264, 10 bits": ("clip.mp4", {"options": CLOSED, "pixels": "yuv420p10le"}),
     "h264, no B frames": ("clip.mp4", {"options": {"x264-params": "keyint=24:bframes=0"}}),
     "h264, x264's own settings": ("clip.mp4", {}),
     "h264, open groups": ("clip.mp4", {"options": OPEN}),
@@ -74,6 +77,41 @@ def test_decord_never_returns_a_wrong_frame(tmp_path: Path) -> None:
     assert trusted == [True, False, True]
 
 
+TURNS = {  # display matrix -> what a player shows
+    "turned right": ((0, 1, -1, 0), lambda frames: np.rot90(frames, -1, axes=(1, 2))),
+    "turned left": ((0, -1, 1, 0), lambda frames: np.rot90(frames, 1, axes=(1, 2))),
+    "upside down": ((-1, 0, 0, -1), lambda frames: np.rot90(frames, 2, axes=(1, 2))),
+    "mirrored": ((-1, 0, 0, 1), lambda frames: frames[:, :, ::-1]),
+    "transposed": ((0, 1, 1, 0), lambda frames: frames.swapaxes(1, 2)),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_frames_are_turned_as_players_show_them(tmp_path: Path, turn: str) -> None:
+    matrix, shown = TURNS[turn]
+    stored, path, (width, height) = tmp_path / "stored.mp4", tmp_path / "turned.mp4", (96, 64)
+    with av.open(str(stored), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(10):
+            picture = np.zeros((height, width, 3), np.uint8)
+            picture[: height // 2, : width // 4] = 100 + 10 * number  # no symmetry
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(shown_as(stored.read_bytes(), matrix))
+    for options in ({}, {"size": 32}, {"size": 32, "resizing": "decoder"}):
+        read = [read_frames(path, 4, backend=backend, **options) for backend in BACKENDS]
+        np.testing.assert_array_equal(*read)
+        expected = shown(read_frames(stored, 4, backend="pyav", **options))
+        assert read[0].shape == expected.shape
+        # after the turn, a bicubic filter rounds otherwise
+        np.testing.assert_allclose(read[0].astype(int), expected, atol=2 if options else 0)
+    with pytest.raises(VideoError, match="turned or mirrored"):
+        BACKENDS["decord"](path, np.array([0]), timeline(path))
+    turned = BACKENDS["pyav"](path, np.array([0]), timeline(path), 32)
+    assert turned.shape == shown(np.zeros((1, 32, 48, 3))).shape
+
+
 def test_a_cut_through_an_open_group_loses_no_count(tmp_path: Path) -> None:
     """Frames that refer to what was cut away are in the file and in decord's count, and cannot be shown."""
     whole, cut = encode(tmp_path / "whole.mp4", total=100, options=OPEN), tmp_path / "cut.mp4"
@@ -94,6 +132,40 @@ def test_one_frame_a_second(tmp_path: Path, backend: str) -> None:
     path = encode(tmp_path / "clip.mp4", total=130, options=CLOSED)
     assert numbers(read_frames(path, 12, frames_per_second=1, backend=backend)) == [0, 24, 48, 72, 96, 120]
     assert numbers(read_frames(path, 4, frames_per_second=2, slicing="tail", backend=backend)) == [84, 96, 108, 120]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm"])
+def test_one_frame_a_second_at_a_variable_rate(tmp_path: Path, name: str, backend: str) -> None:
+    """5 s at 30 fps, then 10 s at 5 fps: the frame that is shown at each second, whatever the average rate."""
+    times = [33 * number for number in range(150)]
+    times += [times[-1] + 200 * number for number in range(1, 51)]  # ms
+    path, unit = tmp_path / name, Fraction(1, 1000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264" if name.endswith("mp4") else "libvpx-vp9", rate=30)
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = unit
+        stream.options = CLOSED if name.endswith("mp4") else VP9
+        for time, picture in zip(times, numbered(200), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    shown = [max(number for number in range(200) if times[number] <= 1000 * second) for second in range(15)]
+    assert numbers(read_frames(path, 20, frames_per_second=1, backend=backend)) == shown
+    assert numbers(read_frames(path, 3, frames_per_second=1, slicing="tail", backend=backend)) == shown[-3:]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])  # the second rounds times to milliseconds
+@pytest.mark.parametrize("rate", [Fraction(30_000, 1001), 24, 30])
+def test_rounded_times_are_a_constant_rate(tmp_path: Path, name: str, rate: Fraction | int) -> None:
+    path = encode(tmp_path / name, 130, "mpeg4", rate=rate, options={"b": "2000000"})
+    line = timeline(path)
+    assert line.fps == pytest.approx(float(rate), rel=1e-6)
+    for a_second in (1.0, 1.5, 3.0, 7.0, 100.0):
+        expected = sorted({int(k * rate / Fraction(a_second)) for k in range(1000)})
+        expected = [index for index in expected if index < 130]
+        assert frame_indices(130, line.fps, 130, "head", a_second, seconds=line.seconds).tolist() == expected
 
 
 def test_frame_indices_of_13_seconds() -> None:
@@ -207,5 +279,5 @@ def test_video_error_survives_pickling() -> None:
 def test_without_decord_pyav_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "clip.mp4", total=20)
     monkeypatch.setitem(__import__("sys").modules, "decord", None)
-    with pytest.warns(UserWarning, match="decord is not installed"):
+    with pytest.warns(UserWarning, match=r"decord is not installed: videos are read with PyAV instead$"):
         assert numbers(read_frames(path, 20)) == list(range(20))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -27,15 +29,28 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def encode(
-    path: Path, total: int, codec: str = "libx264", rate: int = 24, options: dict | None = None, **container
+    path: Path,
+    total: int,
+    codec: str = "libx264",
+    rate: int | Fraction = 24,
+    options: dict | None = None,
+    pixels: str = "yuv420p",
+    **container: str,
 ) -> Path:
     with av.open(str(path), "w", options=container) as file:
         stream = file.add_stream(codec, rate=rate, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, pixels
         for frame in numbered(total):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
     return path
+
+
+def shown_as(content: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An MP4 file whose header (a "tkhd" box of version 0) has players turn or mirror the picture: a, b, c, d."""
+    a, b, c, d = (value << 16 for value in matrix)
+    where = content.index(b"tkhd") + 44
+    return content[:where] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + content[where + 36 :]
 
 
 def scrambled(content: bytes, start: float, stop: float) -> bytes:

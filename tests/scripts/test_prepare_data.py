@@ -16,6 +16,7 @@ import prepare_data
 from command_line import compose, launch
 
 from retrieval.data import DATASETS, OpenMojiClips, OpenMojiScenes
+from retrieval.regions.verify import SAMPLES
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +100,9 @@ def test_prepare_of_msrvtt_reads_the_settings_of_the_data() -> None:
     shared = ("train", "frames", "frames_per_second", "slicing", "size", "max_unreadable", "check_counts")
     assert {key: settings["prepare"][key] for key in shared} == {key: settings[key] for key in shared}
     assert settings["prepare"]["frames"] == 8
+
+
+def test_the_command_says_what_it_looks_at() -> None:
+    settings = (ROOT / "scripts" / "conf" / "prepare_data.yaml").read_text(encoding="utf-8")
+    assert f"the region features of {SAMPLES} images a split" in " ".join((prepare_data.__doc__ or "").split())
+    assert f"{SAMPLES} a split" in settings and "opens every item" not in (prepare_data.__doc__ or "")
