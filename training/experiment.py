@@ -91,7 +91,9 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "adapter": adapter,
         "regularizer": None if measure == "none" else ReSoRA(measure, **penalty),
         "recipe": Recipe(
-            stages=tuple(Stage(name=name, **settings) for name, settings in trainer["stages"].items()),
+            stages=tuple(
+                Stage(name=name, **settings) for name, settings in trainer["stages"].items() if settings["epochs"] != 0
+            ),
             rates=LearningRates(**trainer["rates"]),
             schedule=choose("schedule", SCHEDULES, trainer["schedule"]),
             **{

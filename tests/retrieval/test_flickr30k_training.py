@@ -141,7 +141,7 @@ def test_one_option_has_the_published_code_back() -> None:
 def test_the_protocol_is_refused_where_it_would_do_nothing(more: tuple[str, ...]) -> None:
     Experiment.of(compose("train_retrieval", [*more]))
     with pytest.raises(
-        ValueError, match=r"protocol=as_published .*model=clip4clip has none of it; use protocol=mended"
+        ValueError, match=r"protocol=as_published .*model=clip4clip has none of them; use protocol=mended"
     ):
         Experiment.of(compose("train_retrieval", [*more, "protocol=as_published"]))
 

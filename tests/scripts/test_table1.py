@@ -63,6 +63,10 @@ def test_a_row(path: Path) -> None:
     name = {"prompt": {"flickr30k": "prefix", "msrvtt": "vpt"}, "fact": {column: "fact_tt"}}
     assert experiment.adapter.name == name.get(row, {}).get(column, row.removesuffix("_resora"))
     assert experiment.adapter.name in ADAPTERS
+    epochs = [stage.epochs for stage in experiment.recipe.stages]
+    one_optimizer = len(epochs) == 1 or not experiment.recipe.restart  # through all epochs, as published
+    assert sum(epochs) == {"flickr30k": 25, "msrvtt": 5}[column]
+    assert one_optimizer == (path.stem != "flickr30k_lora_resora")
 
 
 # What trains, in millions, where it is not the published number: the header names it and says why.
