@@ -21,6 +21,7 @@ from regularizers import Subspaces
 from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
+from training.run import is_first_process
 
 
 def train(config: Mapping[str, Any]) -> RunFolder:
@@ -83,7 +84,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
             after_stage=after_stage,
         )
-    save(model, run.path / "adapter.safetensors")
+    if is_first_process():
+        save(model, run.path / "adapter.safetensors")
 
     with clock(run, "evaluate"):
         ends = ("validation", "test")

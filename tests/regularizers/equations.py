@@ -57,6 +57,12 @@ def equation_8(activations: Tensor, basis: Tensor, sigma_fraction: float = 1.0) 
     return sum(terms, activations.new_zeros(()))
 
 
+def squared_correlation(activations: Tensor, basis: Tensor) -> Tensor:
+    """Eq. 7 on centred features: the square of Pearson's correlation of two activations, summed over pairs."""
+    correlation = torch.corrcoef(activations.T)
+    return sum((correlation[i, j].square() for i, j in pairs(activations.shape[1])), activations.new_zeros(()))
+
+
 def frobenius_overlap(activations: Tensor, basis: Tensor) -> Tensor:
     h = features(activations, basis)
     terms = [((h[i] * h[j]).sum() / (h[i].norm() * h[j].norm())).abs() for i, j in pairs(len(h))]

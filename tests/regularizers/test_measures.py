@@ -9,7 +9,7 @@ import equations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,7 @@ CLOSED_AND_NAIVE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
     "cosine": (cosine, equations.equation_6),
     "linear": (linear, equations.equation_7),
     "linear, transposed": (partial(linear, transposed=True), partial(equations.equation_7, transposed=True)),
+    "linear, centred": (partial(linear, centered=True), equations.squared_correlation),
     "overlap": (overlap, equations.frobenius_overlap),
 }
 MEASURES = {
@@ -52,6 +53,7 @@ def test_value_and_gradients_are_those_of_the_equation(
     name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     closed, naive = CLOSED_AND_NAIVE[name]
+    assume(name != "linear, centred" or shape[0] > 2)  # two samples are always correlated: 0/0 to the second order
     activations, basis = draw(*shape, dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in (activations, basis)]
     ours, theirs = closed(activations, basis), naive(*exact)
@@ -180,6 +182,71 @@ def test_defined_everywhere(name: str, dtype: torch.dtype, case: str) -> None:
     assert -bound - 1e-3 <= float(value.detach()) <= bound + 1e-3
     for gradient in gradients(value, activations, basis) if value.requires_grad else []:
         assert torch.isfinite(gradient).all()
+
+
+MAGNITUDES = (0.0, 1e-30, 1e-18, 1e-6, 1e-3, 1.0, 1e4, 1e15, 1e30)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_finite_whatever_the_magnitudes(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    """Each subspace, and each sample, with a magnitude of its own."""
+    samples, rank, width, seed = data.draw(shapes)
+    activations, basis = (tensor.detach() for tensor in draw(samples, rank, width, seed, torch.float64))
+    limit = float(torch.finfo(dtype).max) / 8
+
+    def scales(count: int) -> Tensor:
+        drawn = data.draw(st.lists(st.sampled_from(MAGNITUDES), min_size=count, max_size=count))
+        return torch.tensor(drawn, dtype=torch.float64)
+
+    activations, basis = activations * scales(rank), basis * scales(rank)[:, None]
+    if data.draw(st.booleans()):
+        activations = activations * scales(samples)[:, None]
+    activations, basis = (t.clamp(-limit, limit).to(dtype).requires_grad_() for t in (activations, basis))
+    value = MEASURES[name](activations, basis)
+    assert torch.isfinite(value)
+    for gradient in gradients(value, activations, basis) if value.requires_grad else []:
+        assert torch.isfinite(gradient).all()
+
+
+def clustered(samples: int, kind: str, seed: int = 0) -> Tensor:
+    """Activations of which more than half of all pairs nearly coincide: (samples, 8) float64."""
+    drawn = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if kind == "three quarters alike":
+        drawn[: 3 * samples // 4] *= 1e-4
+        return drawn
+    return torch.nn.functional.gelu(4 * drawn - 8)
+
+
+@pytest.mark.parametrize("kind", ["three quarters alike", "gelu"])
+def test_nonlinear_is_linear_in_the_samples_where_most_of_them_coincide(kind: str) -> None:
+    elements = {}
+    for samples in (1600, 6400):
+        with Largest() as largest:
+            nonlinear(clustered(samples, kind).requires_grad_()).backward()
+        elements[samples] = largest.elements
+        assert largest.elements <= samples * 8 * 242  # 128 bandwidths of bumps
+    assert elements[6400] <= 4.2 * elements[1600] and elements[6400] < 6400**2
+
+
+def test_a_bandwidth_is_doubled_where_the_samples_cover_too_many_of_it() -> None:
+    """Against the kernel form with the bandwidth that the definition gives, found here with numpy."""
+    activations = clustered(700, "three quarters alike")[:, :2].clone().requires_grad_()
+    doublings = set()
+    for column in activations.detach().numpy().T:
+        bandwidth = float(torch.pdist(torch.from_numpy(column.copy())[:, None]).median())
+        gaps, times = np.diff(np.sort(column)), 0
+        while np.minimum(gaps / bandwidth, 6).sum() > 128:
+            bandwidth, times = 2 * bandwidth, times + 1
+        doublings.add(times)
+    (times,) = doublings
+    assert times > 0
+    expected = equations.equation_8(activations, torch.ones(2, 3, dtype=torch.float64), sigma_fraction=2.0**times)
+    ours = nonlinear(activations)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    (mine,), (theirs,) = gradients(ours, activations), gradients(expected, activations)
+    torch.testing.assert_close(mine / theirs.abs().max(), theirs / theirs.abs().max(), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(
