@@ -38,7 +38,8 @@ def mask_of(name: str, shape: torch.Size, masks: list[Masks]) -> Tensor | None:
     encoder = next((m.encoder for m in reversed(masks) if m.encoder is not None and m.encoder.shape == shape), None)
     if encoder is None:
         return mask
-    if found is not None and not torch.equal((torch.ones_like(encoder) if mask is None else mask).bool(), encoder.bool()):
+    own_tokens = torch.ones_like(encoder) if mask is None else mask
+    if found is not None and not torch.equal(own_tokens.bool(), encoder.bool()):
         raise ValueError(
             f"{name} may see the tokens of attention_mask or those of encoder_attention_mask, which have the same "
             "length; leave it out with capture(model, layers=PATTERN)"
