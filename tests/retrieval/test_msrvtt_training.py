@@ -1,0 +1,63 @@
+"""The MSR-VTT recipe end to end: every row of Table 1 on small real videos, and the published settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from msrvtt_folder import write_sound
+from small_clip import registered
+
+from retrieval.data import MSRVTT
+from retrieval.train import train
+from training.experiment import LOW_RANK
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from command_line import CONF, compose
+
+SMALL = (
+    "data.size=32", "data.frames=2", "data.validation=2", "data.check_counts=false", "model.weights=random",
+    "trainer.batch_size=8", "trainer.workers=0", "trainer.threads=1", "trainer.precision=float32",
+    "trainer.stages.adapt.epochs=1", "trainer.stages.regularize.epochs=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("msrvtt")
+    write_sound(root)
+    MSRVTT.prepare(root, root / "cache", workers=0, size=32, frames=2, check_counts=False)
+    return root
+
+
+@pytest.mark.parametrize("row", sorted(path.stem for path in (CONF / "table1").glob("msrvtt_*.yaml")))
+def test_a_row_of_table_1(row: str, root: Path, tmp_path: Path) -> None:
+    """Each of them trains to its metrics, from the frame cache; redundancy where the adapter has subspaces."""
+    threads = torch.get_num_threads()
+    overrides = [f"table1={row}", *SMALL, f"model.towers={registered()}", f"root={root}", f"runs={tmp_path}"]
+    config = compose("train_retrieval", overrides)
+    try:
+        run = train(config)
+    finally:
+        torch.set_num_threads(threads)
+    metrics = run.read_json("metrics.json")
+    assert ("redundancy" in metrics) == (config["adapter"]["name"] in LOW_RANK)
+    assert metrics["test"]["rsum"] > 0 and (run.path / "report.html").is_file()
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    penalised = {line["stage"] for line in log if "resora_linear" in line.get("parts", {})}
+    assert penalised == ({"regularize"} if row == "msrvtt_lora_resora" else set())
+
+
+def test_the_published_recipe() -> None:
+    """CLIP4Clip's own settings (Luo et al. 2021 and the authors' command for MSR-VTT)."""
+    config = compose("train_retrieval", ["table1=msrvtt_full"])
+    trainer, data = config["trainer"], config["data"]
+    assert sum(stage["epochs"] for stage in trainer["stages"].values()) == 5 and not trainer["restart"]
+    assert (trainer["batch_size"], trainer["pairing"], trainer["optimizer"]) == (128, "caption", "bert_adam")
+    assert trainer["rates"] == {"adapter": 1e-4, "head": 1e-4, "backbone": 1e-7, "weight_decay": 0.2}
+    assert (trainer["schedule"]["name"], trainer["warmup"], trainer["max_grad_norm"]) == ("warmup_cosine", 0.1, 1.0)
+    assert (data["train"], data["frames"], data["frames_per_second"], data["slicing"]) == ("9k", 12, 1.0, "uniform")
+    assert (config["model"]["max_length"], config["model"]["projections"]) == (32, "backbone")
