@@ -55,10 +55,12 @@ def _euclidean(activations: Tensor, basis: Tensor, beta: float) -> ValueAndGradi
     # Sums over samples, with activations and Gram matrix of magnitude 1: their products have no place in float32.
     peak = activations.abs().amax(dim=(1, 2)).to(exact) if count else gram.new_ones(layers)
     peak = peak.where(peak > 0, torch.ones_like(peak))[:, None, None]
-    shrink = (LARGEST / (peak * norms.amax(dim=1)[:, None, None])).clamp(max=1)  # of the features, and beta grows
+    longest = activations.abs().amax(dim=1).to(exact) * norms if count else norms.new_zeros(norms.shape)
+    longest = longest.amax(dim=1)[:, None, None]
+    shrink = (LARGEST / longest).clamp(max=1)  # of the features, and beta grows
     steepest = gram.abs().amax(dim=(1, 2))
     steepest = steepest.where(steepest > 0, torch.ones_like(steepest))[:, None, None]
-    steepness = (-beta / shrink.square()).to(result)
+    steepness = (-beta / shrink.square()).clamp(min=-torch.finfo(result).max).to(result)
     unit_gram = (gram / steepest).to(result)
     of_pairs, own = unit_gram[:, i, j, None], unit_gram.diagonal(dim1=1, dim2=2)[..., None]
     pair = torch.arange(len(i), device=activations.device)

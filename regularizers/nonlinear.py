@@ -78,7 +78,7 @@ def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAn
     median = median.where(alive, torch.ones_like(median))
     bandwidth = _wide_enough(ordered, sigma_fraction * median)
     scaled = values.div_(bandwidth).mul_(alive)
-    near = scaled - _closed_gaps(ordered.div_(bandwidth).mul_(alive), order)
+    near = _without_gaps(scaled, ordered.div_(bandwidth).mul_(alive), order)
     aligned = [
         _kernel_alignment(*layer)
         for layer in zip(near.view(layers, rank, count), alive.view(layers, rank), strict=True)
@@ -127,11 +127,17 @@ def _wide_enough(ordered: Tensor, bandwidth: Tensor) -> Tensor:
     return bandwidth
 
 
-def _closed_gaps(ordered: Tensor, order: Tensor) -> Tensor:
-    """How far to move each of (r, N) values down, so that no gap is wider than the kernel reaches."""
-    moved = torch.zeros_like(ordered)
-    moved[:, 1:] = (ordered.diff(dim=1) - REACH).clamp_(min=0).cumsum(dim=1)
-    return torch.zeros_like(ordered).scatter_(1, order, moved)
+def _without_gaps(values: Tensor, ordered: Tensor, order: Tensor) -> Tensor:
+    """(r, N) values moved together, so that no gap of their row is wider than the kernel reaches."""
+    gaps = ordered.diff(dim=1)
+    wide = (gaps > REACH).any(dim=1, keepdim=True)
+    if not wide.any():
+        return values
+    exact = torch.float64 if values.device.type != "mps" else values.dtype
+    # From the gaps themselves: what is 1e15 away has no digits left for its neighbours.
+    places = torch.zeros_like(ordered, dtype=exact)
+    places[:, 1:] = gaps.clamp_(max=REACH).to(exact).cumsum(dim=1)
+    return torch.where(wide, torch.zeros_like(values).scatter_(1, order, places.to(values.dtype)), values)
 
 
 def _from_centres(values: Tensor) -> Tensor:

