@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -143,12 +144,11 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this code, with "-dirty" where the tree differs from it; None outside a git checkout."""
+    """The commit, with "-dirty" where the tree outside docs/ differs from it; None outside a git checkout."""
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        commit = git(["git", "rev-parse", "HEAD"], check=True).stdout.strip()
+        differs = git(["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs"]).returncode != 0
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
+    return f"{commit}-dirty" if differs else commit
