@@ -48,10 +48,8 @@ def low_rank_linear(
         given = [each.to(x.dtype) for each in activations]
         out: Tensor = _Accumulated.apply(x, weight, bias, columns, *given, *bases)
         return out, tuple(activations)
-    down = (
-        torch.cat([update.down.to(x.dtype) for update in updates]) if len(updates) > 1 else updates[0].down.to(x.dtype)
-    )
-    out, together = _LowRankLinear.apply(x, weight, bias, down, columns, *bases)
+    downs = [update.down.to(x.dtype) for update in updates]
+    out, together = _LowRankLinear.apply(x, weight, bias, columns, *downs, *bases)
     return out, together.split([len(basis) for basis in bases], dim=1)
 
 
@@ -62,49 +60,57 @@ def _add(out: Tensor, columns: list[tuple[int, int]], activations: Sequence[Tens
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x, weight, bias, down (R, d_in) of all updates, their bases -> output, activations (N, R) of all updates."""
+    """x, weight, bias, down and then basis of each update -> output, activations (N, R) of all updates."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        columns: list[tuple[int, int]],
-        *bases: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: list[tuple[int, int]], *factors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.columns = columns
+        ctx.columns, ctx.ranks = columns, [len(down) for down in factors[: len(columns)]]
         ctx.set_materialize_grads(False)
-        activations = x @ down.T
-        ctx.save_for_backward(x, weight, down, activations, *bases)
-        ranks = [len(basis) for basis in bases]
-        return _add(F.linear(x, weight, bias), columns, activations.split(ranks, dim=1), bases), activations
+        activations = x @ _stacked(factors[: len(columns)]).T
+        ctx.save_for_backward(x, weight, activations, *factors)  # not the stacked copy: factors are parameters
+        bases = factors[len(columns) :]
+        return _add(F.linear(x, weight, bias), columns, activations.split(ctx.ranks, dim=1), bases), activations
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, more: Tensor | None) -> Any:
         """`gradient` is of the output, `more` of the activations (what a penalty sends); either may be None."""
-        x, weight, down, activations, *bases = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_down, _, *of_bases = ctx.needs_input_grad
+        x, weight, activations, *factors = ctx.saved_tensors
+        downs, bases = factors[: len(ctx.columns)], factors[len(ctx.columns) :]
+        of_x, of_weight, of_bias, _, *of_factors = ctx.needs_input_grad
+        of_downs, of_bases = of_factors[: len(downs)], of_factors[len(downs) :]
         to_x = to_weight = to_bias = None
+        to_downs: Sequence[Tensor | None] = [None] * len(downs)
         to_bases: list[Tensor | None] = [None] * len(bases)
         if gradient is None:
             assert more is not None
             to_activations = more
         else:
-            parts = [gradient[:, start:stop] for start, stop in ctx.columns]
-            to_activations = torch.cat([part @ basis.T for part, basis in zip(parts, bases, strict=True)], dim=1)
+            to_each = []
+            for index, each in enumerate(activations.split(ctx.ranks, dim=1)):
+                start, stop = ctx.columns[index]
+                part = gradient[:, start:stop]  # read twice, while it is near
+                to_each.append(part @ bases[index].T)
+                to_bases[index] = each.T @ part if of_bases[index] else None
+            to_activations = torch.cat(to_each, dim=1)
             if more is not None:
                 to_activations += more
-            each = activations.split([len(basis) for basis in bases], dim=1)
-            to_bases = [a.T @ part if needed else None for a, part, needed in zip(each, parts, of_bases, strict=True)]
-            to_x = gradient @ weight if of_x else None
             to_weight = gradient.T @ x if of_weight else None
             to_bias = gradient.sum(dim=0) if of_bias else None
         if of_x:
-            to_x = to_activations @ down if to_x is None else to_x.addmm_(to_activations, down)
-        return to_x, to_weight, to_bias, to_activations.T @ x if of_down else None, None, *to_bases
+            to_x = to_activations @ _stacked(downs)
+            if gradient is not None:
+                to_x.addmm_(gradient, weight)  # the large product adds to the small one, not the other way round
+        if any(of_downs):
+            to_downs = (to_activations.T @ x).split(ctx.ranks)
+        return to_x, to_weight, to_bias, None, *to_downs, *to_bases
+
+
+def _stacked(downs: Sequence[Tensor]) -> Tensor:
+    """(R, d_in) of all updates, without a copy where there is one."""
+    return torch.cat(list(downs)) if len(downs) > 1 else downs[0]
 
 
 class _Accumulated(torch.autograd.Function):

@@ -25,9 +25,20 @@ from benchmarks.options import Options, option
 from benchmarks.training_step import Step
 
 WARM_UP = 2
-PEFT = "PEFT's LoRA"
-# PEFT adapts timm's fused qkv with one pair of factors, ours with three; on these layers both do the same.
+# PEFT adapts timm's fused qkv with one pair of factors, ours with three, which at rank 8 are as many parameters as its
+# rank 12; on o, fc1 and fc2 both do the same.
+PEFT, PEFT_EQUAL = "PEFT's LoRA", "PEFT's LoRA, rank 12"
 SAME, PEFT_SAME = "lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2"
+# backbone -> row -> rank and modules
+PEFT_LORA: dict[str, dict[str, tuple[int, list[str]]]] = {
+    "vit": {PEFT: (8, ["qkv"]), PEFT_EQUAL: (12, ["qkv"]), PEFT_SAME: (8, ["attn.proj", "fc1", "fc2"])},
+    "bert": {PEFT: (8, ["query", "value"])},
+}
+# backbone -> our row -> the rows of PEFT's that it is compared with
+AGAINST_PEFT: dict[str, dict[str, tuple[str, ...]]] = {
+    "vit": {"lora": (PEFT, PEFT_EQUAL), SAME: (PEFT_SAME,)},
+    "bert": {"lora": (PEFT,)},
+}
 CLASSES = 100
 TOO_SLOW = 0.2  # of float32's speed: a processor without units for bfloat16 would take hours
 # Settings of the paper's Tables 1 and 2; what is not named has its defaults.
@@ -89,12 +100,12 @@ def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
 
 
 def with_method(name: str, method: str, tiny: bool) -> nn.Module:
-    """The backbone with an adapter, or with PEFT's LoRA of the same rank, and its head trained."""
+    """The backbone with an adapter, ours or PEFT's LoRA, and its head trained."""
     model = backbone(name, tiny)
-    if method not in (PEFT, PEFT_SAME):
+    if method not in PEFT_LORA[name]:
         return inject(model, configured(name, method), train=("head",))
-    layers = ["query", "value"] if name == "bert" else ["qkv"] if method == PEFT else ["attn.proj", "fc1", "fc2"]
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers))
+    rank, layers = PEFT_LORA[name][method]
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
     wrapped.base_model.model.head.requires_grad_(True)
     return wrapped
 
@@ -141,36 +152,35 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
     results: dict[str, Any] = {"settings": described(settings), "rows": [], "merged": [], "bfloat16": bfloat16_speed()}
     for name in settings.backbones:
         methods = applicable(name, settings)
-        others = [SAME, PEFT_SAME] if SAME in against_peft(name, methods) else []
+        pairs = against_peft(name, methods)
+        rows = dict.fromkeys(["full", PEFT, *methods, *(row for pair in pairs for row in pair)])
         counts = {
             method: in_fresh_process(account, name, method, settings)
-            for method in tqdm(["full", PEFT, *methods, *others], desc=f"{name}: count", unit="method")
+            for method in tqdm(rows, desc=f"{name}: count", unit="method")
         }
         times = timed(name, methods, settings)
         for method, (exact, resident, trained) in counts.items():
-            theirs = against_peft(name, methods).get(method, "")
+            theirs = [reference for ours, reference in pairs if ours == method]
             results["rows"].append(
                 {
                     "backbone": name,
                     "method": method,
-                    "peft": theirs,
                     "trained": trained,
                     "counts": asdict(exact) | {"resident_bytes": resident},
                     "against_full": times.get(("full", method), []),
-                    "against_peft": times.get((theirs, method), []),
+                    "against_peft": {each: times[each, method] for each in theirs},
                     "against_full_bfloat16": times.get(("full bfloat16", method), []),
-                    "against_peft_bfloat16": times.get((f"{theirs} bfloat16", method), []),
+                    "against_peft_bfloat16": {each: times.get((f"{each} bfloat16", method), []) for each in theirs},
                 }
             )
         results["merged"].append({"backbone": name, "time_ratios": merged_against_stock(name, settings)})
     return page(results), results
 
 
-def against_peft(name: str, methods: list[str]) -> dict[str, str]:
-    """Our LoRA -> PEFT's that it is compared with."""
-    if "lora" not in methods:
-        return {}
-    return {"lora": PEFT} | ({SAME: PEFT_SAME} if name == "vit" else {})
+def against_peft(name: str, methods: list[str]) -> list[tuple[str, str]]:
+    """Our LoRA and PEFT's that it is compared with."""
+    rows = AGAINST_PEFT[name] if "lora" in methods else {}
+    return [(ours, theirs) for ours, references in rows.items() for theirs in references]
 
 
 def timed(name: str, methods: list[str], settings: Settings) -> dict[tuple[str, str], list[float]]:
@@ -179,7 +189,7 @@ def timed(name: str, methods: list[str], settings: Settings) -> dict[tuple[str, 
     for method in methods:
         plan.append(("full", method, settings.pairs if method == "lora" else settings.few_pairs, torch.float32))
     slow = bfloat16_speed() < TOO_SLOW
-    for ours, theirs in against_peft(name, methods).items():
+    for ours, theirs in against_peft(name, methods):
         plan.append((theirs, ours, settings.peft_pairs, torch.float32))
         if not slow:
             plan.append((theirs, ours, settings.pairs, torch.bfloat16))

@@ -179,14 +179,17 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == [
-        "full", "PEFT's LoRA", "lora", "dtl", "lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2"
+        "full", "PEFT's LoRA", "lora", "dtl", "PEFT's LoRA, rank 12",
+        "lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2",
     ]  # fmt: skip
     blocks, width = 2, 768
-    assert rows["lora"]["trained"] == blocks * 3 * 8 * 2 * width
+    assert rows["lora"]["trained"] == rows["PEFT's LoRA, rank 12"]["trained"] == blocks * 3 * 8 * 2 * width
     assert rows["PEFT's LoRA"]["trained"] == blocks * 8 * (width + 3 * width)
     same = blocks * 8 * (2 * width + 2 * 5 * width)
     assert [rows[name]["trained"] for name in ("lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2")] == [same, same]
-    assert len(rows["dtl"]["against_full"]) == len(rows["lora"]["against_peft"]) == 1
+    assert len(rows["dtl"]["against_full"]) == 1
+    compared = {reference: len(ratios) for reference, ratios in rows["lora"]["against_peft"].items()}
+    assert compared == {"PEFT's LoRA": 1, "PEFT's LoRA, rank 12": 1}
     assert rows["lora"]["counts"]["flops"] < rows["full"]["counts"]["flops"]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
     assert "| lora on o, fc1, fc2: memory / PEFT's LoRA on o, fc1, fc2 | x 1 |" in page
