@@ -227,6 +227,93 @@ def test_subspaces_are_captured_with_their_gradient(method: str, backbone: str) 
         assert getattr(module, "record", None) is None
 
 
+@pytest.mark.parametrize(("method", "backbone"), [cell for cell in MERGES if cell[0] in SUBSPACES])
+def test_captured_deltas_are_those_of_the_merged_weights(method: str, backbone: str) -> None:
+    """activations @ basis = x (W_merged - W_stock)^T, with x seen by a hook."""
+    model, stock, x = filled(method, backbone), build(backbone), inputs(backbone)
+    seen: dict[str, Tensor] = {}
+    with capture(model) as subspaces, torch.no_grad():
+        layers = {name.rpartition(".")[0] for name in subspaces_of(model)}
+        hooks = [
+            model.get_submodule(layer).register_forward_pre_hook(
+                lambda _, args, kwargs, layer=layer: seen.update({layer: next(iter((*args, *kwargs.values())))}),
+                with_kwargs=True,
+            )
+            for layer in layers
+        ]
+        model(*x)
+    for hook in hooks:
+        hook.remove()
+    merged = merge(copy.deepcopy(model))
+    assert layers and set(subspaces) == subspaces_of(model)
+    for name, (activations, basis) in subspaces.items():
+        layer, _, role = name.rpartition(".")
+        update = _weight(merged.get_submodule(layer), role) - _weight(stock.get_submodule(layer), role)
+        real = seen[layer][x[1].bool()] if backbone == "bert" else seen[layer].flatten(0, -2)
+        delta = real @ update.T
+        torch.testing.assert_close(
+            activations @ basis, delta.detach(), atol=1e-4 * delta.detach().abs().max().item(), rtol=0
+        )
+
+
+def filled(method: str, backbone: str) -> nn.Module:
+    """Everything that trains is random, so that no factor is near zero, as AdaLoRA's are after two steps."""
+    model = adapted(method, backbone).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def subspaces_of(model: nn.Module) -> set[str]:
+    with capture(model, on="weights") as weights:
+        return set(weights)
+
+
+def _weight(module: nn.Module, role: str) -> Tensor:
+    """Of a role: a third of a fused layer, a part of FacT's first MLP layer, or the whole."""
+    weight: Tensor = module.in_proj_weight if hasattr(module, "in_proj_weight") else module.weight
+    if role in ("q", "k", "v") and len(weight) == 3 * weight.shape[1]:
+        return weight.chunk(3)["qkv".index(role)]
+    if role.startswith("fc1_"):
+        return weight.chunk(4)[int(role.removeprefix("fc1_"))]
+    return weight
+
+
+@pytest.mark.parametrize(("method", "backbone"), [c for c in WORKS if c[0] in SUBSPACES and c not in MERGES])
+def test_captured_deltas_are_what_the_branch_adds(method: str, backbone: str) -> None:
+    """A bottleneck's output without the bias; the product of DTL's input with its two factors."""
+    model, x = filled(method, backbone), inputs(backbone)
+    seen: dict[str, Tensor] = {}
+    for name in subspaces_of(model):
+        layer, _, role = name.rpartition(".")
+        owner = model.get_submodule(layer)
+        if role == "side":
+            a, b = owner.branches[role].A, owner.branches[role].B
+            owner.register_forward_pre_hook(
+                lambda _, args, name=name, a=a, b=b: seen.update({name: _tensor(args) @ a.T @ b.T})
+            )
+        else:
+            owner.branches[role].register_forward_hook(
+                lambda module, _, out, name=name: seen.update(
+                    {name: out.movedim(module.channels, -1) - module.scale * module.up.bias}
+                )
+            )
+    with capture(model) as subspaces, torch.no_grad():
+        model(*x)
+    assert subspaces and set(subspaces) == set(seen)
+    for name, (activations, basis) in subspaces.items():
+        delta = seen[name][x[1].bool()] if backbone == "bert" else seen[name].flatten(0, -2)
+        torch.testing.assert_close(
+            activations @ basis, delta.detach(), atol=1e-4 * delta.detach().abs().max().item(), rtol=0
+        )
+
+
+def _tensor(value: Any) -> Tensor:
+    """The first tensor of what a block was given: x, or x and a stream."""
+    return value if isinstance(value, Tensor) else _tensor(value[0])
+
+
 def test_every_backbone_is_in_the_table() -> None:
     assert {name for names in ARCHITECTURES.values() for name in names} == set(BACKBONES)
     assert Extension.added == ()
