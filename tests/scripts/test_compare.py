@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from command_line import compose
 from comparison import execute, page
-from comparison.execute import Records, chosen_settings, run_task
-from comparison.plan import BASELINE, MEASURES, METHODS, TASKS, Job, bandwidth_jobs, report_jobs, weight_jobs
+from comparison.execute import Records, chosen_settings, run_jobs, run_task
+from comparison.plan import (
+    BASELINE,
+    MEASURES,
+    METHODS,
+    TASKS,
+    Job,
+    Task,
+    bandwidth_jobs,
+    epochs,
+    report_jobs,
+    weight_jobs,
+)
 
 from classification.experiment import Experiment as Classification
 from retrieval.experiment import Experiment as Retrieval
@@ -68,8 +80,6 @@ def _job(record: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Run no training; note what would be launched, in this process."""
-    from concurrent.futures import ThreadPoolExecutor
-
     jobs: list[Job] = []
 
     def note(job: Job, runs: Path) -> dict[str, Any]:
@@ -98,6 +108,32 @@ def test_finished_runs_are_not_repeated_and_validation_chooses(tmp_path: Path, l
     run_task("digits", Records(tmp_path / "runs.jsonl"), tmp_path, jobs=2)
     again = launched[len(first) :]
     assert all(job.method == BASELINE for job in again), "only stages that others go on from, whose files are not there"
+
+
+def test_a_penalty_goes_on_from_the_first_stage_of_lora(tmp_path: Path, cache: Path, monkeypatch: Any) -> None:
+    """Two real runs, tiny, in this process: a sweep starts fresh ones, which would not know the tiny task."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cache").symlink_to(cache.resolve())
+    small = f"root={tmp_path / 'data'} data=digits data.size=28 data.train_images=32 model.frozen_blocks=11"
+    tiny = Task(
+        command="train_classification",
+        overrides=(*small.split(), "trainer.batch_size=16", *epochs(1, 1)),
+        score="accuracy",
+        unit="accuracy, %",
+        seeds=(0,),
+    )
+    monkeypatch.setitem(TASKS, "digits", tiny)
+    monkeypatch.setattr(execute, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    records, runs = Records(tmp_path / "runs.jsonl"), tmp_path / "runs"
+    penalised = Job(task="digits", method="+ linear", seed=0, settings={"weight": 0.1})
+    run_jobs([penalised], records, runs, jobs=1)
+    base, record = records.all
+    assert (base["method"], record["method"]) == (BASELINE, "+ linear")
+    assert base["redundancy"]["before"] == record["redundancy"]["before"], "both start from one first stage"
+    assert record["redundancy"]["after"] < base["redundancy"]["after"]
+    assert record["overrides"] == penalised.overrides and len(record["curve"]) == 2 and record["test"]["accuracy"] > 0
+    assert base["epochs"] == [1, 1] and base["curve"][0] == record["curve"][0]
+    assert not list(runs.rglob("checkpoint-*")), "what a sweep would fill the disk with"
 
 
 def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) -> None:
