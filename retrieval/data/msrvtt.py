@@ -7,13 +7,14 @@ The protocol is 1k-A (Yu et al., ECCV 2018): train on 9,000 videos (or 7,010), t
   its checkpoints on the test split; ``validation="test"`` does that, and a run's record says so.
 - "Expanded sentences" of prior code, an item for each sentence, are trainer.pairing=caption here; without them, a
   random sentence of each video in every epoch, is trainer.pairing=image.
-- Frames come from the frame cache (`retrieval.video.cache`) where it holds them; ``prepare`` writes it.
+- Frames come from the frame cache (`retrieval.video.cache`), which ``prepare`` writes.
 
 A video that cannot be read, because it is missing (a fifth of the addresses are dead), truncated, or audio only, is
 never an exception in the middle of a training. Up to a share of `max_unreadable` of a split, it is left out of the
 training split with its sentences. Validation and test keep it, as an array without frames, so that they are the same
-for everyone. One that is only found out while training, without a cache, gives such an array too, with a warning and
-whatever their share; without a cache there is no limit on the time that a file may take either, and the start says so.
+for everyone. `prepare` finds them, with a limit on the time that each may take, so that no file can hang a training:
+without its frame cache, data.decode_every_epoch=true has to be said. What is only found out then, while training, gives
+such an array too, with a warning and whatever their share, and nothing limits its time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
 
 from retrieval.data.dataset import SPLITS, fingerprint
 from retrieval.data.msrvtt_options import MSRVTTOptions
@@ -49,7 +49,7 @@ class MSRVTT:
         options: of `MSRVTTOptions`.
 
     Raises:
-        FileNotFoundError: files are missing; the message says what to get.
+        FileNotFoundError: files or cached frames are missing; the message says what to get or to run.
         ValueError: an option is out of range, the files are not as published, or too many videos cannot be read.
     """
 
@@ -72,7 +72,8 @@ class MSRVTT:
         known = {video: reason for video in videos if (reason := self._known_reason(video))}
         check_share(known, self.total, self.options.max_unreadable, split)
         self._note(known, "left out of the training" if split == "train" else "kept, without frames")
-        self._tell_of_decoding([video for video in videos if video not in known])
+        if not self.options.decode_every_epoch:
+            self._refuse_to_decode([video for video in videos if video not in known])
         if split == "train":
             pairs = pairs[~pairs["video_id"].isin(set(known))]
 
@@ -170,14 +171,15 @@ class MSRVTT:
             what = f"{len(reasons)} of {self.total} videos cannot be read and are {fate}"
             warnings.warn(f"{self.name} {self.split}: {what} ({named(reasons)})", stacklevel=3)
 
-    def _tell_of_decoding(self, videos: list[str]) -> None:
-        """Print which of the videos no frame cache holds, if any, and the command that mends it."""
+    def _refuse_to_decode(self, videos: list[str]) -> None:
+        """Raise if no frame cache holds some of the videos, with the command that mends it."""
         if waiting := [video for video in videos if self.cache is None or video not in self.cache]:
             command = f"python scripts/prepare_data.py data={self.name} root={self.folder.parent}"
-            tqdm.write(
-                f"{self.name} {self.split}: no frame cache holds {len(waiting):,} of {self.total:,} videos. Each is "
-                "decoded again in every epoch, and nothing limits the time that a damaged one may take. To decode them "
-                f"once, with a limit: {' '.join([command, *self.options.overrides])}"
+            raise FileNotFoundError(
+                f"{self.name} {self.split}: no frame cache holds {len(waiting):,} of {self.total:,} videos "
+                f"({', '.join(waiting[:3])}{', ...' if len(waiting) > 3 else ''}). To decode each once, within a time "
+                f"limit, run {' '.join([command, *self.options.overrides])} ; to decode them in every epoch instead, "
+                "without a limit on the time that a damaged one may take, set data.decode_every_epoch=true"
             )
 
     def _digests(self) -> Iterator[bytes]:

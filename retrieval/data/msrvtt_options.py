@@ -22,6 +22,8 @@ class MSRVTTOptions:
         validation_seed: of the choice of these videos, and of the sentence that each keeps.
         frames, frames_per_second, slicing, size, resizing: how a clip is read; see `Reading`.
         max_unreadable: the largest share of a split's videos that may be missing or damaged.
+        decode_every_epoch: whether to start without a complete frame cache, and to decode what it lacks in every epoch,
+            where nothing limits the time that a damaged video may take.
         check_counts: whether the files have to hold as many videos and sentences as published.
 
     Raises:
@@ -37,6 +39,7 @@ class MSRVTTOptions:
     size: int = 224
     resizing: str = "pillow"
     max_unreadable: float = 0.01
+    decode_every_epoch: bool = False
     check_counts: bool = True
 
     def __post_init__(self) -> None:

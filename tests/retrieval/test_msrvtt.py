@@ -21,7 +21,7 @@ from retrieval.video.reading import Reading
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from command_line import compose
 
-SMALL: dict[str, Any] = {"size": 32, "validation": 2, "check_counts": False}
+SMALL: dict[str, Any] = {"size": 32, "validation": 2, "check_counts": False, "decode_every_epoch": True}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_frames(sound: Path) -> None:
     test = MSRVTT(sound, "test", **SMALL, frames=4)
     frames = test.visual(0)
     assert frames.dtype == np.uint8 and frames.shape == (4, 32, 32, 3)
-    first = MSRVTT(sound, "test", check_counts=False, frames=4, size=64).visual(0)
+    first = MSRVTT(sound, "test", **{**SMALL, "frames": 4, "size": 64}).visual(0)
     assert numbers(first) == [0, 48, 120, 192]  # of 194 frames at 24 a second: 9 candidates
     assert [picture.size for picture in test.thumbnails(2)] == [(32, 32)] * 2  # WebM, 40 frames
 
@@ -143,23 +143,27 @@ def test_the_cache_is_used_where_it_is(sound: Path, tmp_path: Path, monkeypatch:
         MSRVTT(root, "test", **{**SMALL, "size": 48})
 
 
-def test_without_a_cache_the_start_tells_the_command_that_writes_one(
-    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_without_a_cache_the_error_tells_the_command_that_writes_one(sound: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
-    options = {**SMALL, "frames_per_second": None}
-    MSRVTT(root, "train", **options)
-    told = capsys.readouterr().out
-    assert "no frame cache holds 4 of 4 videos" in told and "in every epoch, and nothing limits the time" in told
-    script, *overrides = told.split("with a limit: python ")[1].split()
+    options = {**SMALL, "frames_per_second": None, "decode_every_epoch": False}
+    with pytest.raises(
+        FileNotFoundError, match=r"no frame cache holds 4 of 4 videos .*decode_every_epoch=true"
+    ) as told:
+        MSRVTT(root, "train", **options)
+    script, *overrides = str(told.value).split("run python ")[1].split(" ; ")[0].split()
     assert script == "scripts/prepare_data.py"
     config = compose("prepare_data", overrides)
     assert (config["root"], config["data"]["name"]) == (str(root), "msrvtt")
     MSRVTT.prepare(root, root / "cache", **config["data"]["prepare"] | {"workers": 0})
-    capsys.readouterr()
-    MSRVTT(root, "train", **options)
-    assert capsys.readouterr().out == ""
+    video, *others = MSRVTT(root, "train", **options).video_ids
+    assert len(others) == 3
+
+    (journal,) = (root / "msrvtt" / "frames").rglob("train.9k.items.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if f'"{video}"' not in line))  # as a kill may leave it
+    with pytest.raises(FileNotFoundError, match=rf"no frame cache holds 1 of 4 videos \({video}\)"):
+        MSRVTT(root, "train", **options)
 
 
 def test_no_number_of_damaged_videos_ends_a_training(damaged: Path) -> None:
