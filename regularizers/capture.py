@@ -33,6 +33,9 @@ def capture(
     innermost module around the layer that takes one is found (`encoder_attention_mask` where only that has the length
     of the layer's input), and the positions where it is zero are left out. What is called without one has no padding.
 
+    The model is recorded in whatever mode it is, so open a context in training steps alone: in evaluation, as outside
+    of a context, nothing is computed or kept then. The plug-ins do so.
+
     Close the context before `backward`, so that gradient checkpointing does not record its second forward pass. Under
     checkpointing in the reentrant mode, add the penalty to the loss instead of calling its `backward` alone: its
     gradient reaches the layer with that of the loss.
