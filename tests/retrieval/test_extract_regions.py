@@ -175,6 +175,21 @@ def run_extraction(
     return extract("dev", images, folder, folder, features_of, width=3, source=source, **settings)  # type: ignore[arg-type]
 
 
+def interrupted(folder: Path, after: int) -> list[int]:
+    """An extraction that is ended after so many pictures -> the widths of those that it had."""
+    seen: list[int] = []
+
+    def dying(image: Image.Image) -> np.ndarray:
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        seen.append(image.width)
+        return mean_colours(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_extraction(folder, dying)
+    return seen
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     for number in range(6):
@@ -183,16 +198,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_killed_extraction_goes_on_and_gives_the_same_file(pictures: Path) -> None:
-    seen: list[int] = []
-
-    def dying(image: Image.Image) -> np.ndarray:
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append(image.width)
-        return mean_colours(image)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_extraction(pictures, dying)
+    seen = interrupted(pictures, after=3)
     assert not (pictures / "dev_ims.npy").exists()
     journal = pictures / "dev_ims.npy.journal"
     journal.write_text(journal.read_text() + '{"number": 53, "bo')  # killed in the middle of a line
@@ -206,17 +212,11 @@ def test_a_killed_extraction_goes_on_and_gives_the_same_file(pictures: Path) -> 
     for number, features in enumerate(read.features):
         with Image.open(pictures / f"{number}.png") as image:
             assert np.array_equal(features, mean_colours(image))
-    assert run_extraction(pictures, dying) == [], "what is finished is left alone"
+    assert run_extraction(pictures, lambda _: pytest.fail("extracted again")) == [], "what is finished is left alone"
 
 
 def test_regions_that_never_reached_the_disk_are_extracted_again(pictures: Path) -> None:
-    def dying(image: Image.Image) -> np.ndarray:
-        if image.width == 60:
-            raise KeyboardInterrupt
-        return mean_colours(image)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_extraction(pictures, dying)
+    interrupted(pictures, after=4)
     partial = pictures / "dev_ims.npy.partial"
     partial.write_bytes(partial.read_bytes()[:-8])
     run_extraction(pictures)
@@ -229,13 +229,7 @@ def test_another_list_of_pictures_is_refused(pictures: Path) -> None:
     for number in (6, 7):
         picture(number).save(pictures / f"{number}.png")
 
-    def dying(image: Image.Image) -> np.ndarray:
-        if image.width == 50:
-            raise KeyboardInterrupt
-        return mean_colours(image)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_extraction(pictures, dying)
+    interrupted(pictures, after=3)
     with pytest.raises(ValueError, match=r"was begun with .*'pictures'.*give the split file .* or delete it"):
         run_extraction(pictures, first=2)
     run_extraction(pictures)
