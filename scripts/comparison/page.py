@@ -90,7 +90,7 @@ def _section(records: Records, task: str) -> str:
         if difference is None:
             cells += ["", "", ""]
         else:
-            cells.append(f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]")
+            cells.append(f"{difference.mean:+z.2f} [{difference.low:+z.2f}, {difference.high:+z.2f}]")
             if method.startswith("+ "):
                 p = next(corrected)
                 cells += [f"{p:.3f}", f"{difference.detectable:.2f}"]
