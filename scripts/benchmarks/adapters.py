@@ -61,7 +61,7 @@ class Settings(Options):
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA")
-    peft_pairs: int = option(45, "pairs of steps for LoRA against PEFT's")
+    peft_pairs: int = option(120, "pairs of steps for LoRA against PEFT's")
     few_pairs: int = option(5, "pairs of steps for the other rows")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
