@@ -43,7 +43,7 @@ class ReSoRA:
 
     Args:
         measure: a name in `REGULARIZERS`.
-        weight: the penalty's weight. Default: 1e-2; the paper gives none.
+        weight: the penalty's weight. Default: 1e-2, the most frequent choice in docs/results.md; the paper gives none.
         on: "features", or "weights" as in the paper's Table 4, see `capture`.
         samples: "tokens" or "mean", see `capture`.
         layers: a regular expression of the layers to penalise, see `capture`. Default: all.
