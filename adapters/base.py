@@ -149,14 +149,15 @@ class Branched(Extension):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add each branch to its rows of the weight, in float32, and become a stock module again."""
+        """Add each branch to its rows of the weight, in float32 at least, and become a stock module again."""
         weight, _ = self.linear_map()
-        self.branches.float()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.branches.to(wide)
         for role in self.branches:
             activations, basis = self.weight_subspaces(role)
             start, stop = self.slices[role]
             rows = weight[start:stop]
-            rows.copy_(rows.float() + (activations @ basis).T)
+            rows.copy_(rows.to(wide) + (activations @ basis).T)
         restore(self)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from adapters.base import Adapter, Branched, PenalizedAdapter, ScheduledAdapter
 from adapters.extend import Extension
 
+INJECTED = "_has_been_injected"  # on every module of a model that had an adapter injected, for good
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -36,14 +38,11 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
         The same model.
 
     Raises:
-        ValueError: if the model holds an adapter already or one was merged into it, if a target is nowhere in it, or if
-            a name in `train` is unknown.
+        ValueError: if the model, a part of it or a model that it is a part of holds an adapter already or had one
+            merged into it, if a target is nowhere in it, or if a name in `train` is unknown. Nothing has changed then.
     """
     train = (train,) if isinstance(train, str) else tuple(train)
-    held: Injection | None = getattr(model, "injection", None)
-    if held is not None:
-        why = "had its adapter merged into its weights" if held.merged else f"already holds {held.adapter}"
-        raise ValueError(f"this {type(model).__name__} {why}; inject into a fresh model")
+    check_fresh(model)
     before = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     if unknown := [name for name in train if name not in before]:
         close = difflib.get_close_matches(unknown[0], before, n=3) or [n for n, _ in model.named_children()]
@@ -51,17 +50,39 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
             f"train={unknown[0]!r} names nothing in {type(model).__name__}; did you mean {', '.join(close)}?"
         )
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    adapter.apply(model)
+    try:
+        adapter.apply(model)
+    except ValueError:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = frozenset() if adapter.name == "full" else frozenset(trains)
     for name, parameter in model.named_parameters():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in train):
             parameter.requires_grad_(True)
+    for module in model.modules():
+        object.__setattr__(module, INJECTED, True)
     object.__setattr__(model, "injection", Injection(adapter, train, own))
     if show:
         print(adapter_table(model))
     return model
+
+
+def check_fresh(model: nn.Module) -> None:
+    """Raise ValueError if an adapter was injected into the model, into a part of it, or into what it is a part of."""
+    held: Injection | None = getattr(model, "injection", None)
+    if held is not None:
+        why = "had its adapter merged into its weights" if held.merged else f"already holds {held.adapter}"
+        raise ValueError(f"this {type(model).__name__} {why}; inject into a fresh model")
+    if (path := next((name for name, module in model.named_modules() if INJECTED in vars(module)), None)) is not None:
+        where = f"its {path}" if path else "what it is a part of"
+        raise ValueError(
+            f"this {type(model).__name__} is not fresh: an adapter was injected into {where}, where a second one would "
+            "undo it; inject once, into the whole, with targets or patterns that reach all the layers"
+        )
 
 
 def injection(model: nn.Module) -> Injection | None:
@@ -90,20 +111,37 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """Fold the adapter into the weights: the backbone's own classes and state-dict keys, the same outputs. In place.
 
-    Updates are added to the weights in float32. What trained besides the adapter (`train`) keeps its values.
+    Updates are added to the weights in float32 at least. What trained besides the adapter (`train`) keeps its values.
 
     Raises:
-        ValueError: if the model holds no adapter, or one that cannot be folded in; the message says why.
+        ValueError: if the model holds no adapter, or one that cannot be folded in: because of what it is, or because a
+            weight that it would change is another layer's too. The message says why, and nothing has changed.
     """
     if (held := injection(model)) is None:
         raise ValueError(f"{type(model).__name__} holds no adapter: nothing to merge")
     if held.adapter.not_mergeable:
         raise ValueError(f"{held.adapter.name} cannot be merged: {held.adapter.not_mergeable}")
-    for module in list(model.modules()):
-        if isinstance(module, Extension):
-            module.merge()
+    extended = [(name, module) for name, module in model.named_modules() if isinstance(module, Extension)]
+    _check_untied(model, extended)
+    for _, module in extended:
+        module.merge()
     object.__setattr__(model, "injection", Injection(held.adapter, held.train, frozenset(), merged=True))
     return model
+
+
+def _check_untied(model: nn.Module, extended: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError if a parameter of an adapted module is also a parameter of a module of another kind."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(path)
+    for path, module in extended:
+        for name, parameter in module.named_parameters(recurse=False):
+            if others := [owner for owner in owners[parameter] if owner != path]:
+                raise ValueError(
+                    f"{path} cannot be merged: its {name} is tied to {others[0]}, which would change too; untie them "
+                    "(give one a parameter of its own), or keep the adapter as it is"
+                )
 
 
 def trainable_parameters(model: nn.Module) -> int:

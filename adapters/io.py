@@ -1,8 +1,8 @@
 """One safetensors file: the tensors that trained, and in its metadata all that is needed to put them back.
 
-The file holds every parameter that trains and the persistent buffers of their modules (the running statistics of a
-batch norm in a head). The metadata holds the adapter's configuration, what trained besides it, and an identity of the
-frozen rest.
+The file holds every parameter that trains and the persistent buffers beside them and in what `train` names (the running
+statistics of a batch norm in a head). The metadata holds the adapter's configuration, what trained besides it, and an
+identity of the frozen rest.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.base import Adapter
-from adapters.inject import inject, injection
+from adapters.inject import check_fresh, inject, injection
 from adapters.methods import ADAPTERS
 
 FORMAT = "resora-adapter-1"
@@ -39,7 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "adapter": json.dumps({"name": held.adapter.name, **asdict(cast(Any, held.adapter))}),
         "train": json.dumps(held.train),
-        "base": base_identity(model),
+        "base": base_identity((name, p) for name, p in model.named_parameters() if not p.requires_grad),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
     partial = path.with_name(path.name + ".partial")
@@ -60,17 +61,26 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     adapter, tensors, metadata = read(path)
     train = tuple(json.loads(metadata["train"]))
-    if (held := injection(model)) is None:
-        inject(model, adapter, train)
-    elif held.adapter != adapter or held.train != train:
+    held = injection(model)
+    if held is not None and (held.adapter != adapter or held.train != train):
         raise ValueError(
             f"{path} holds {adapter} with train={train}, but the model {held.adapter} with train={held.train}"
         )
-    if metadata["base"] != (identity := base_identity(model)):
+    if held is not None:
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    else:  # what will be frozen: all that is not in the file
+        check_fresh(model)
+        trains = (*tensors, *train, *([""] if adapter.name == "full" else []))
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not _is_below(name, trains)}
+    if metadata["base"] != (identity := base_identity(frozen.items())):
+        half = torch.float16 in {tensor.dtype for tensor in (*tensors.values(), *frozen.values())}
         raise ValueError(
             f"{path} was trained on another backbone (frozen weights {metadata['base'][:12]}, here {identity[:12]}): "
             "load the weights that it was trained on before the adapter"
+            + (", in the precision that it was saved in: float16 rounds them to others" if half else "")
         )
+    if held is None:
+        inject(model, adapter, train)
     _copy(tensors, _trained(model), path)
     return model
 
@@ -102,29 +112,36 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"{path} is not a safetensors file, or was cut off ({error})") from None
 
 
-def base_identity(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and about 64 values of each frozen parameter.
+def base_identity(frozen: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the names, shapes and about 64 values of each parameter of a backbone.
 
     Values are read in bfloat16, so that a backbone is the same backbone in float32 and in bfloat16.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    for name, parameter in frozen:
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train and the persistent buffers of the modules that own one, by name."""
+    """The parameters that train, and the persistent buffers of modules that own one or that `train` names, by name."""
+    held = injection(model)
+    assert held is not None
+    named = ("",) if held.adapter.name == "full" else held.train
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        if _is_below(path, named) or any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             persistent = {
                 n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
             }
             tensors |= {f"{path}.{name}" if path else name: buffer for name, buffer in persistent.items()}
     return tensors
+
+
+def _is_below(name: str, paths: Iterable[str]) -> bool:
+    """Whether a path is one of `paths` or below it; everything is below ""."""
+    return any(not path or name == path or name.startswith(path + ".") for path in paths)
 
 
 @torch.no_grad()

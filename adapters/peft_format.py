@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapters.adalora import AdaLoRA
 from adapters.base import Branched
 from adapters.inject import inject, injection
 from adapters.lora import LoRA, LoRABranch, LowRank
-from adapters.methods import ADAPTERS
 from adapters.patterns import exact_pattern
 from adapters.peft_folder import (
     PEFT_CONFIG,
@@ -248,19 +248,24 @@ def _adapter(
     return adapter, {name: of_layer / alpha for name, of_layer in alphas.items()}
 
 
-def _adalora(config: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-    """PEFT counts its schedule in steps, ours in shares of them."""
-    if (adalora := ADAPTERS.get("adalora")) is None:
-        raise ValueError(f"this version has no AdaLoRA; its adapters are {', '.join(ADAPTERS)}")
-    steps = config["total_step"]
-    return cast(Any, adalora)(
+def _adalora(config: Mapping[str, Any], shared: Mapping[str, Any]) -> AdaLoRA:
+    """PEFT counts its schedule in steps, ours in shares of them; what a folder leaves out has PEFT's default."""
+    schedule: dict[str, Any] = {}
+    if steps := config.get("total_step"):
+        schedule = {"initial_warmup": config.get("tinit", 0) / steps, "final_tuning": config.get("tfinal", 0) / steps}
+    else:
+        warnings.warn(
+            "this AdaLoRA was saved without total_step, so that its schedule is not known: outputs are PEFT's, but if "
+            "you train on, ranks are pruned on the schedule of AdaLoRA's defaults here",
+            stacklevel=4,
+        )
+    return AdaLoRA(
         **shared,
-        target_rank=min(config["target_r"], shared["rank"]),
-        initial_warmup=config["tinit"] / steps,
-        final_tuning=config["tfinal"] / steps,
-        interval=config["deltaT"],
-        betas=(config["beta1"], config["beta2"]),
-        orthogonality=config["orth_reg_weight"],
+        **schedule,
+        target_rank=min(config.get("target_r", 8), shared["rank"]),
+        interval=config.get("deltaT", 1),
+        betas=(config.get("beta1", 0.85), config.get("beta2", 0.85)),
+        orthogonality=config.get("orth_reg_weight", 0.5),
     )
 
 

@@ -86,6 +86,10 @@ class Site:
 def check_targets(targets: str | Sequence[str]) -> None:
     """Raise ValueError unless `targets` is a regular expression, or semantic targets, each once."""
     if isinstance(targets, str):
+        if targets in ROLES:  # as a pattern, "q" is found in "attn.qkv.v" too
+            raise ValueError(
+                f"targets is the text {targets!r}, a pattern; did you mean the semantic target ({targets!r},)?"
+            )
         compiled(targets)
     elif not targets or set(targets) - set(ROLES) or len(set(targets)) != len(targets):
         raise ValueError(

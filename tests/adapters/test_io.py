@@ -75,8 +75,10 @@ def test_the_file_holds_what_trains_and_its_configuration(tmp_path: Path) -> Non
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(trained(LoRA(rank=3)), path)
+    other = Model(seed=1)
     with pytest.raises(ValueError, match="trained on another backbone"):
-        load(Model(seed=1), path)
+        load(other, path)
+    assert not hasattr(other, "injection") and all(p.requires_grad for p in other.parameters()), "it stays as it was"
     with pytest.raises(ValueError, match="rank=3"):
         load(inject(Model(), LoRA(rank=4), train=("head",)), path)
     with pytest.raises(ValueError, match="holds no adapter"):
@@ -104,3 +106,29 @@ def test_a_bfloat16_backbone_is_the_same_backbone(tmp_path: Path) -> None:
     save(trained(LoRA(rank=3)), tmp_path / "a.safetensors")
     model = load(Model().to(torch.bfloat16), tmp_path / "a.safetensors")
     assert model.head[0].weight.dtype == torch.bfloat16
+
+
+def test_float16_rounds_otherwise_and_the_error_says_so(tmp_path: Path) -> None:
+    save(trained(LoRA(rank=3)), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"another backbone .*in the precision that it was saved in: float16 rounds"):
+        load(Model().half(), tmp_path / "a.safetensors")
+    assert load(Model(), tmp_path / "a.safetensors").half().head[0].weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=3), Full()], ids=lambda a: a.name)
+def test_running_statistics_without_parameters_beside_them(tmp_path: Path, adapter: LoRA) -> None:
+    """The head of MAE and of AdaptFormer."""
+
+    def fresh() -> Model:
+        model = Model()
+        model.head = nn.Sequential(nn.BatchNorm1d(16, affine=False), nn.Linear(16, 4))
+        return model
+
+    model, ids = inject(fresh(), adapter, train=("head",)).train(), torch.randint(0, 50, (4, 6))
+    for _ in range(3):
+        model(torch.randint(0, 50, (8, 6)))
+    save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(7)
+    back = fresh()
+    back.head.load_state_dict({n: t for n, t in model.head.state_dict().items() if "running" not in n}, strict=False)
+    assert torch.equal(load(back, tmp_path / "a.safetensors").eval()(ids), model.eval()(ids))

@@ -200,3 +200,51 @@ def test_bad_injections_are_refused(vit: nn.Module) -> None:
     inject(vit, LoRA())
     with pytest.raises(ValueError, match="already holds"):
         inject(vit, LoRA())
+
+
+def test_a_second_adapter_is_refused_at_every_level(vit: nn.Module) -> None:
+    def fresh() -> nn.Sequential:
+        return nn.Sequential(copy.deepcopy(vit), copy.deepcopy(vit))
+
+    for first, second in ((lambda m: m, lambda m: m[0]), (lambda m: m[0], lambda m: m)):
+        for finish in (lambda m: m, merge):
+            model = fresh()
+            finish(inject(first(model), LoRA(rank=2)))
+            with pytest.raises(
+                ValueError, match=r"not fresh: an adapter was injected into (its 0|what it is a part of)"
+            ):
+                inject(second(model), LoRA(rank=3, targets=("k",)))
+    model = fresh()
+    inject(model[0], LoRA(rank=2)), inject(model[1], LoRA(rank=3))  # side by side there is no conflict
+    assert len(model[0].blocks[0].attn.qkv.branches["q"].A) == 2
+    assert len(model[1].blocks[0].attn.qkv.branches["q"].A) == 3
+
+
+def test_a_refused_injection_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].requires_grad_(False)
+    with pytest.raises(ValueError, match="no layer for target 'q'"):
+        inject(model, LoRA())
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
+    assert inject(model, LoRA(targets="0")).injection.adapter.targets == "0"
+
+
+def test_a_target_given_as_a_text_is_taken_for_no_pattern() -> None:
+    with pytest.raises(ValueError, match=r"'q', a pattern; did you mean the semantic target \('q',\)"):
+        LoRA(targets="q")
+
+
+def test_a_tied_weight_is_not_merged() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).eval()
+    inject(model, LoRA(rank=2, targets=r"decoder$|query"))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter)
+    ids = torch.arange(6)[None]
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match=r"decoder cannot be merged: its \w+ is tied to \S+, which would change too"):
+        merge(model)
+    torch.testing.assert_close(model(ids).logits, expected)

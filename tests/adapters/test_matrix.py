@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from backbones import BACKBONES, build, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from adapters import ADAPTERS, Adapter, inject, load, merge, save
 from adapters.extend import Extension
@@ -61,7 +64,9 @@ def configured(method: str, backbone: str) -> Adapter:
     return ADAPTERS[method](**settings)
 
 
-BFLOAT16 = 0.03  # of the outputs' norm; docs/adapters.md says so
+SUBSPACES = ("lora", "moslora", "adalora", "fact_tt", "fact_tk", "dtl", "dtl_plus", "houlsby", "adaptformer")
+WHOLE = ("full", "linear", "partial", "bitfit")  # no update beside the weights: they train themselves
+BFLOAT16 = 0.05  # of the outputs' norm; docs/adapters.md says so
 
 
 def adapted(method: str, backbone: str) -> nn.Module:
@@ -76,6 +81,16 @@ def trained(method: str, backbone: str, steps: int = 2) -> nn.Module:
     for _ in _steps(model, backbone, steps):
         pass
     return model.eval()
+
+
+def filled(method: str, backbone: str) -> nn.Module:
+    """Everything that trains is random, so that no factor is near zero: after two steps some of AdaLoRA's and FacT's
+    updates are smaller than the tolerance of a comparison."""
+    model = adapted(method, backbone).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def _steps(model: nn.Module, backbone: str, steps: int) -> Iterator[None]:
@@ -132,13 +147,15 @@ def test_it_starts_as_the_table_says(method: str, backbone: str) -> None:
 
 @pytest.mark.parametrize(("method", "backbone"), MERGES)
 def test_merging_gives_the_stock_model(method: str, backbone: str) -> None:
-    model, stock, x = trained(method, backbone), build(backbone), inputs(backbone)
-    expected = model(*x)
+    model, stock, x = filled(method, backbone), build(backbone), inputs(backbone)
+    expected = model(*x).detach()
+    tolerance = {"atol": 1e-5 * float(expected.abs().max()), "rtol": 1e-5}
+    assert method in WHOLE or (expected - stock(*x)).norm() > 0.05 * expected.norm(), "there is something to merge"
     merge(model)
-    torch.testing.assert_close(model(*x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(*x), expected, **tolerance)
     assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in stock.named_modules()}
     stock.load_state_dict(model.state_dict(), strict=True)
-    torch.testing.assert_close(stock(*x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stock(*x), expected, **tolerance)
     with pytest.raises(ValueError, match="merged into its weights"):
         inject(model, configured(method, backbone))
 
@@ -146,11 +163,52 @@ def test_merging_gives_the_stock_model(method: str, backbone: str) -> None:
 @pytest.mark.parametrize(("method", "backbone"), MERGES)
 def test_merging_in_bfloat16_changes_little(method: str, backbone: str) -> None:
     """A merged weight is rounded once; before, weight and update were, each for itself."""
-    model = trained(method, backbone).bfloat16()
+    model, stock = filled(method, backbone).bfloat16(), build(backbone).bfloat16()
     x = tuple(each.bfloat16() if each.is_floating_point() else each for each in inputs(backbone))
     expected = model(*x).float()
+    assert method in WHOLE or (expected - stock(*x).float()).norm() > 2 * BFLOAT16 * expected.norm()
     merged = merge(model)(*x).float()
     assert (merged - expected).norm() < BFLOAT16 * expected.norm()
+
+
+@pytest.mark.parametrize(("method", "backbone"), MERGES)
+def test_merging_in_float64_is_exact(method: str, backbone: str) -> None:
+    model = filled(method, backbone).double()
+    x = tuple(each.double() if each.is_floating_point() else each for each in inputs(backbone))
+    expected = model(*x).detach()
+    torch.testing.assert_close(merge(model)(*x), expected, atol=1e-12 * float(expected.abs().max()), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("method", "backbone"), [cell for cell in MERGES if cell[0] in SUBSPACES])
+def test_merged_weights_are_those_of_the_formula(method: str, backbone: str) -> None:
+    model, stock = filled(method, backbone), build(backbone)
+    updates = {}
+    for name in subspaces_of(model):
+        layer, _, role = name.rpartition(".")
+        branch = {n: p.detach().clone() for n, p in model.get_submodule(layer).branches[role].named_parameters()}
+        updates[layer, role] = by_hand(method, branch)
+    merge(model)
+    assert updates
+    for (layer, role), update in updates.items():
+        expected = _weight(stock.get_submodule(layer), role) + update
+        torch.testing.assert_close(_weight(model.get_submodule(layer), role), expected, atol=1e-5, rtol=1e-5)
+
+
+def by_hand(method: str, branch: dict[str, Tensor]) -> Tensor:
+    """dW (d_out, d_in) of the papers' formulas, at rank 3 with alpha = 8 or FacT's scale of 1."""
+    if method == "lora":
+        return 8 / 3 * branch["B"] @ branch["A"]
+    if method == "moslora":
+        return 8 / 3 * branch["B"] @ branch["M"] @ branch["A"]
+    if method == "adalora":
+        return 8 / (3 + 1e-5) * branch["B"] @ torch.diag(branch["E"]) @ branch["A"]
+    u, v = branch["shared.U"], branch["shared.V"]
+    if method == "fact_tt":
+        cores = list(branch["S"].T.split(3))  # one for each block of inputs, which fc2 has four of
+    else:
+        cores = [sum(c * p for c, p in zip(branch["shared.C"].unbind(2), weights, strict=True))
+                 for weights in branch["P"].T]  # fmt: skip
+    return torch.cat([(u.T @ core @ v.T).T for core in cores], dim=1)
 
 
 @pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell not in MERGES])
@@ -175,14 +233,15 @@ def test_a_saved_file_gives_the_same_outputs(method: str, backbone: str, tmp_pat
 
 @pytest.mark.parametrize(("method", "backbone"), WORKS)
 def test_copies_autocast_and_other_devices(method: str, backbone: str, tmp_path: Path) -> None:
-    model, x = trained(method, backbone), inputs(backbone)
-    expected = model(*x)
+    model, x = filled(method, backbone), inputs(backbone)
+    expected = model(*x).detach()
     assert torch.equal(copy.deepcopy(model)(*x), expected)
     torch.save(model, tmp_path / "whole.pt")
     assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(*x), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model(*x)
-    assert half.isfinite().all() and (half - expected).abs().mean() < 0.1 * expected.abs().mean() + 0.05
+        half = model(*x).detach().float()
+    update = (expected - build(backbone)(*x)).norm()
+    assert (half - expected).norm() < (0.1 * expected.norm() if method in WHOLE else 0.3 * update), "the update is in"
 
     for target in (torch.device("meta"), torch.bfloat16):
         moved = inject(build(backbone).to(target), configured(method, backbone))
@@ -190,13 +249,17 @@ def test_copies_autocast_and_other_devices(method: str, backbone: str, tmp_path:
         assert kind == {"meta" if isinstance(target, torch.device) else target}
 
 
-# open_clip 3.3.0 calls its custom blocks with two arguments too many under checkpointing.
-@pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell[1] != "clip, own attention"])
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
 def test_gradient_checkpointing_changes_nothing(method: str, backbone: str) -> None:
     model, x = trained(method, backbone).train(), inputs(backbone)
     plain = _gradients(model, x)
     if backbone == "bert":
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    elif backbone == "clip, own attention":
+        # by hand: open_clip 3.3.0 calls these blocks with two arguments too many, also without an adapter
+        for name, module in model.named_modules():
+            if re.search(r"resblocks\.\d+$", name):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     else:
         model.backbone.set_grad_checkpointing(True)
     checkpointed = _gradients(model, x)
@@ -210,9 +273,6 @@ def _gradients(model: nn.Module, x: tuple[Tensor, ...]) -> dict[str, Tensor]:
     torch.manual_seed(3)
     model(*x).square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-SUBSPACES = ("lora", "moslora", "adalora", "fact_tt", "fact_tk", "dtl", "dtl_plus", "houlsby", "adaptformer")
 
 
 @pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell[0] in SUBSPACES])
@@ -254,15 +314,6 @@ def test_captured_deltas_are_those_of_the_merged_weights(method: str, backbone: 
         torch.testing.assert_close(
             activations @ basis, delta.detach(), atol=1e-4 * delta.detach().abs().max().item(), rtol=0
         )
-
-
-def filled(method: str, backbone: str) -> nn.Module:
-    """Everything that trains is random, so that no factor is near zero, as AdaLoRA's are after two steps."""
-    model = adapted(method, backbone).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def subspaces_of(model: nn.Module) -> set[str]:

@@ -68,27 +68,29 @@ def test_a_fused_layer_becomes_q_k_and_v(tmp_path: Path) -> None:
 
 
 PATTERNS = [
-    {"rank_pattern": {"query": 2, r"layer\.1\.intermediate\.dense": 7}},
-    {"alpha_pattern": {r"1\..*query": 20, "value": 3}},
-    {"use_rslora": True},
-    {"use_rslora": True, "rank_pattern": {"query": 2}, "alpha_pattern": {r"0\..*value": 11}},
+    ("bert", {"rank_pattern": {"query": 2, r"layer\.1\.intermediate\.dense": 7}}),
+    ("bert", {"alpha_pattern": {r"1\..*query": 20, "value": 3}}),
+    ("bert", {"use_rslora": True}),
+    ("bert", {"use_rslora": True, "rank_pattern": {"query": 2}, "alpha_pattern": {r"0\..*value": 11}}),
+    ("clip", {"use_rslora": True, "rank_pattern": {"q_proj": 2, r"vision_model.*v_proj": 7}}),
+    ("vit", {"rank_pattern": {r"layers\.1\..*q_proj": 2}, "alpha_pattern": {"fc2": 20}}),
+    ("timm", {"use_rslora": True, "rank_pattern": {r"0\.attn\.qkv": 2}, "alpha_pattern": {"fc1": 11}}),
 ]
 
 
-@pytest.mark.parametrize("settings", PATTERNS)
-def test_ranks_and_scales_by_layer(settings: dict[str, Any], tmp_path: Path) -> None:
-    theirs = of_peft("bert", tmp_path / "theirs", **settings)
-    ours = load_peft(stock("bert"), tmp_path / "theirs").eval()
-    close(outputs("bert", ours), outputs("bert", theirs))
+@pytest.mark.parametrize(("name", "settings"), PATTERNS)
+def test_ranks_and_scales_by_layer(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    theirs = of_peft(name, tmp_path / "theirs", **settings)
+    ours = load_peft(stock(name), tmp_path / "theirs").eval()
+    close(outputs(name, ours), outputs(name, theirs))
     ranks = {n.removeprefix("base_model.model."): m.r["default"] for n, m in theirs.named_modules() if hasattr(m, "r")}
-    for name, rank in ranks.items():
-        assert [len(branch.A) for branch in ours.get_submodule(name).branches.values()] == [rank]
+    assert len(set(ranks.values())) == 1 + len(settings.get("rank_pattern", ()))
+    for layer, rank in ranks.items():
+        assert {len(branch.A) for branch in ours.get_submodule(layer).branches.values()} == {rank}
     save(ours, tmp_path / "ours.safetensors")
-    assert torch.equal(
-        outputs("bert", load(stock("bert"), tmp_path / "ours.safetensors").eval()), outputs("bert", ours)
-    )
+    assert torch.equal(outputs(name, load(stock(name), tmp_path / "ours.safetensors").eval()), outputs(name, ours))
     export_peft(ours, tmp_path / "back")
-    close(outputs("bert", peft.PeftModel.from_pretrained(stock("bert"), tmp_path / "back")), outputs("bert", theirs))
+    close(outputs(name, peft.PeftModel.from_pretrained(stock(name), tmp_path / "back")), outputs(name, theirs))
 
 
 def test_rslora_is_an_alpha(tmp_path: Path) -> None:
@@ -164,6 +166,17 @@ def test_adalora_of_peft_loads(name: str, alpha: int, tmp_path: Path) -> None:
     close(outputs(name, peft.PeftModel.from_pretrained(stock(name), tmp_path / "back").eval()), expected)
     close(outputs(name, merge(ours)), expected)
     close(outputs(name, theirs.merge_and_unload()), expected)
+
+
+def test_adalora_without_its_schedule(tmp_path: Path) -> None:
+    theirs = of_peft("bert", tmp_path, peft.AdaLoraConfig, **schedule())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    less = {name: value for name, value in config.items() if name not in ("deltaT", "tinit")} | {"total_step": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(less))
+    with pytest.warns(UserWarning, match="without total_step, so that its schedule is not known"):
+        ours = load_peft(stock("bert"), tmp_path).eval()
+    close(outputs("bert", ours), outputs("bert", theirs))
+    assert ours.injection.adapter.interval == 1 and ours.injection.adapter.target_rank == 3
 
 
 def test_adalora_that_peft_pruned_for_good(tmp_path: Path) -> None:

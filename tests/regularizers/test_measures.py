@@ -62,7 +62,7 @@ def test_value_and_gradients_are_those_of_the_equation(
     norms = (exact[0].detach().norm(dim=0), exact[1].detach().norm(dim=1))  # of the subspaces' factors
     for mine, expected, norm in zip(gradients(ours, activations, basis), gradients(theirs, *exact), norms, strict=True):
         # of the largest entry, and what rounding leaves where the gradient is zero, as with one sample
-        largest, left = float(expected.abs().max()), rounding * (1 + abs(float(theirs / norm.min())))
+        largest, left = float(expected.abs().max()), rounding * (1 + abs(float(theirs.detach() / norm.min())))
         torch.testing.assert_close(mine.double(), expected, rtol=0, atol=relative * largest + left)
 
 

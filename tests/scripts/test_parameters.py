@@ -33,6 +33,7 @@ EXPECTED: dict[tuple[str, str, str], int] = {
     ("Swin-B", "bitfit", "0.20"): 200_760,
     ("Swin-B", "vpt", "0.16"): 156_416,
     ("Swin-B", "fact_tk", "0.14"): 82_432,
+    ("Swin-B", "dtl_plus", "0.09"): 90_112 + 25 * (512 + 1024),
     ("Swin-B", "dtl", "0.09"): 90_112,
     ("Swin-B", "lora", "-"): 577_536,
     ("ConvNeXt-B", "full", "-"): 87_566_464,
@@ -46,6 +47,7 @@ EXPECTED: dict[tuple[str, str, str], int] = {
     ("BERT", "fact_tt", "0.6"): 610_560,
     ("BERT, no pooler", "lst", "7.5"): 7_455_424 + 12,
     ("BERT, no pooler", "unipt", "5.9"): 5_921_281,
+    ("BERT", "adalora", "1.0"): 1_008_784,
     ("BERT", "lora", "1.1"): 1_082_368,
     ("CLIP ViT-B/32", "full", "151.3"): 151_277_313,
     ("CLIP ViT-B/32", "partial", "0.7"): 655_360,
@@ -56,13 +58,23 @@ EXPECTED: dict[tuple[str, str, str], int] = {
     ("CLIP ViT-B/32", "fact_tt", "0.8"): 786_432,
     ("CLIP ViT-B/32", "lst", "11.2"): 10_655_552 + 24,
     ("CLIP ViT-B/32", "unipt", "9.6"): 9_584_642,
+    ("CLIP ViT-B/32", "adalora", "1.2"): 1_208_752,
     ("CLIP ViT-B/32", "lora", "1.3"): 1_300_480,
 }
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks" / "parameters.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.backbone}-{row.method}-{row.paper}")
 def test_count(row: Row) -> None:
     counted = count(row)
+    chosen = ", ".join(f"{name} {value}" for name, value in row.settings.items())
+    start = f"| {row.backbone} | `{row.method}` | {chosen} |"
+    (line,) = [line for line in PAGE if line.startswith(start) and line.split(" | ")[4] == row.paper]
+    assert line.removeprefix(start).startswith(f" {counted:,} |"), (
+        "docs/benchmarks/parameters.md is made of these counts"
+    )
     if (key := (row.backbone, row.method, row.paper)) in EXPECTED:
         assert counted == EXPECTED[key]
     elif row.why == "":  # nothing explains a difference, so there is none
