@@ -36,7 +36,8 @@ from adapters.lora import LoRA  # noqa: E402
 from adapters.lst import LST  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.moslora import MoSLoRA  # noqa: E402
-from adapters.peft_format import export_peft, load_peft  # noqa: E402
+from adapters.peft_export import export_peft  # noqa: E402
+from adapters.peft_import import load_peft  # noqa: E402
 from adapters.prefix import Prefix  # noqa: E402
 from adapters.ssf import SSF  # noqa: E402
 from adapters.stored import stored_subspaces  # noqa: E402

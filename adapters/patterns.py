@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Collection
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 from adapters.peft_folder import natural
+
+V = TypeVar("V")
 
 
 def exact_pattern(names: Collection[str], among: Collection[str]) -> str:
@@ -31,3 +34,10 @@ def exact_pattern(names: Collection[str], among: Collection[str]) -> str:
         else:
             choices += [r"\.".join(map(re.escape, parts)) for parts in members]
     return f"^(?:{'|'.join(choices)})$"
+
+
+def default_and_others(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
+    """The most frequent value, and a pattern for each other one."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    others = [value for value in dict.fromkeys(values.values()) if value != default]
+    return default, {exact_pattern([name for name, v in values.items() if v == o], list(values)): o for o in others}
