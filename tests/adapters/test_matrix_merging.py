@@ -1,4 +1,4 @@
-"""Merging in every cell: the stock model, the same outputs and the weights of the papers' formulas, or a reason why not."""
+"""Merging in every cell: the stock model, the same outputs and the weights of the formulas, or a reason why not."""
 
 from __future__ import annotations
 
