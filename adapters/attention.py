@@ -37,13 +37,22 @@ class StepwiseMultiheadAttention(Extension, nn.MultiheadAttention):
         """Self-attention on (B, L, D), or (L, B, D) without `batch_first` -> the same shape, and no weights.
 
         Raises:
-            NotImplementedError: for cross-attention and for attention weights.
+            NotImplementedError: for cross-attention, attention weights, an input without a batch, is_causal without a
+                mask, and attention with `add_bias_kv` or `add_zero_attn`.
         """
-        if need_weights or query is not key or key is not value:
+        if (
+            need_weights
+            or query is not key
+            or key is not value
+            or query.dim() != 3
+            or (is_causal and attn_mask is None)
+        ):
             raise NotImplementedError(
-                "an adapted nn.MultiheadAttention attends to its own input and returns no weights: call it with "
-                "query = key = value and need_weights=False"
+                "an adapted nn.MultiheadAttention attends to its own input under the mask that it gets, and returns no "
+                "weights: call it with query = key = value in three dimensions, need_weights=False and an attn_mask"
             )
+        if self.bias_k is not None or self.add_zero_attn:
+            raise NotImplementedError("an adapted nn.MultiheadAttention has no add_bias_kv and no add_zero_attn")
         x = query if self.batch_first else query.transpose(0, 1)
         mask = _additive(attn_mask, x)
         if mask is not None and mask.dim() == 3:  # (B * heads, L, L)

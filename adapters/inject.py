@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adapters.base import Adapter, Branched, PenalizedAdapter, ScheduledAdapter
+from adapters.encoder_layer import leave_fast_path, return_to_fast_path
 from adapters.extend import Extension
 
 INJECTED = "_has_been_injected"  # on every module of a model that had an adapter injected, for good
@@ -54,7 +55,7 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
     model.requires_grad_(False)
     try:
         adapter.apply(model)
-    except ValueError:
+    except Exception:
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
@@ -63,6 +64,7 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
     for name, parameter in model.named_parameters():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in train):
             parameter.requires_grad_(True)
+    leave_fast_path(model)
     for module in model.modules():
         object.__setattr__(module, INJECTED, True)
     object.__setattr__(model, "injection", Injection(adapter, train, own))
@@ -125,6 +127,7 @@ def merge(model: nn.Module) -> nn.Module:
     _check_untied(model, extended)
     for _, module in extended:
         module.merge()
+    return_to_fast_path(model)
     object.__setattr__(model, "injection", Injection(held.adapter, held.train, frozenset(), merged=True))
     return model
 

@@ -31,10 +31,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write what trains in `model`, and the adapter's configuration, to one safetensors file (atomically).
 
     Raises:
-        ValueError: if the model holds no adapter.
+        ValueError: if the model holds no adapter, or it has been merged.
     """
     if (held := injection(model)) is None:
-        raise ValueError(f"{type(model).__name__} holds no adapter: call inject(model, adapter) before save")
+        merged = hasattr(model, "injection")
+        hint = (
+            "save before merge, or the merged model by its state_dict"
+            if merged
+            else "call inject(model, adapter) first"
+        )
+        raise ValueError(f"{type(model).__name__} holds no adapter{' any more' if merged else ''}: {hint}")
     path = Path(path)
     metadata = {
         "format": FORMAT,
@@ -96,10 +102,15 @@ def read(path: str | os.PathLike[str]) -> tuple[Adapter, dict[str, Tensor], dict
         raise ValueError(
             f"{path} is not an adapter file of this suite: format {metadata.get('format')!r}, not {FORMAT!r}"
         )
+    if missing := {"adapter", "train", "base"} - metadata.keys():
+        raise ValueError(f"{path} is not complete: its metadata lack {', '.join(sorted(missing))}")
     settings = json.loads(metadata["adapter"])
     if (name := settings.pop("name")) not in ADAPTERS:
         raise ValueError(f"{path} holds adapter {name!r}; this version knows {', '.join(ADAPTERS)}")
-    return ADAPTERS[name](**settings), tensors, metadata
+    try:
+        return ADAPTERS[name](**settings), tensors, metadata
+    except TypeError as error:
+        raise ValueError(f"{path} holds {name} with settings that this version does not know: {error}") from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

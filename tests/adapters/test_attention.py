@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from adapters import LoRA, inject
+from adapters import LoRA, inject, merge
 
 
 class Block(nn.Module):
@@ -112,3 +113,48 @@ def test_the_updates_gradient_is_autograds() -> None:
     for role, (a, b) in factors.items():
         torch.testing.assert_close(attention.branches[role].A.grad, a.grad)
         torch.testing.assert_close(attention.branches[role].B.grad, b.grad)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), r"linear1$", r"self_attn\.(q|v)$", r"out_proj"])
+def test_torchs_encoder_layer_does_not_pass_the_adapter_by_in_evaluation(targets: Any) -> None:
+    """Its fast path would read the frozen weights."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, activation="gelu")
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    stock, x = copy.deepcopy(model).eval(), torch.randn(2, 5, 16)
+    inject(model, LoRA(rank=2, targets=targets))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter)
+    trained = model.train()(x).detach()
+    assert (trained - stock(x)).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), trained)
+        merge(model)
+        torch.testing.assert_close(model(x), trained, atol=1e-5, rtol=1e-5)
+    assert vars(model.layers[0]).keys() - {"injection", "_has_been_injected"} == vars(stock.layers[0]).keys()
+    assert model.layers[0].activation_relu_or_gelu == stock.layers[0].activation_relu_or_gelu == 2
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_what_the_steps_leave_out_is_refused(option: str) -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, **{option: True})
+    inject(attention, LoRA(rank=2, targets=("q",)))
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(NotImplementedError, match="no add_bias_kv and no add_zero_attn"):
+        attention(x, x, x, need_weights=False)
+
+
+def test_an_attention_with_a_bias_of_its_own_and_no_qkv() -> None:
+    """DeBERTa's kind: the rest of the model can be adapted, what reads a weight directly cannot."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_proj, self.q_bias = nn.Linear(4, 12, bias=False), nn.Parameter(torch.zeros(4))
+
+    model = nn.ModuleDict({"attn": Attention(), "top": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="found in no linear layer"):
+        inject(model, LoRA(targets="in_proj"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    inject(model, LoRA(rank=2, targets="top"))

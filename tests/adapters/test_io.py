@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from adapters import Full, Linear, LoRA, inject, load, save
+from adapters import Full, Linear, LoRA, inject, load, merge, save
 
 
 class Model(nn.Module):
@@ -97,9 +97,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file(tensors | {"head.0.bias": torch.zeros(7)}, path, metadata=metadata)
     with pytest.raises(ValueError, match=r"head.0.bias \(7,\) instead of \(4,\)"):
         load(Model(), path)
+    newer = metadata | {"adapter": json.dumps(json.loads(metadata["adapter"]) | {"newer": 1})}
+    save_file(tensors, path, metadata=newer)
+    with pytest.raises(ValueError, match=r"lora with settings that this version does not know: .*'newer'"):
+        load(Model(), path)
+    save_file(tensors, path, metadata={name: value for name, value in metadata.items() if name != "base"})
+    with pytest.raises(ValueError, match="not complete: its metadata lack base"):
+        load(Model(), path)
     save_file(tensors, path)
     with pytest.raises(ValueError, match="not an adapter file"):
         load(Model(), path)
+    with pytest.raises(ValueError, match="holds no adapter any more: save before merge"):
+        save(merge(trained(LoRA(rank=3))), path)
 
 
 def test_a_bfloat16_backbone_is_the_same_backbone(tmp_path: Path) -> None:
