@@ -17,10 +17,9 @@ from classification.data import SPLITS, ClassificationDataset
 from classification.evaluate import evaluate
 from classification.experiment import Experiment
 from eval import chance_accuracy
-from regularizers import Subspaces
 from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
-from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
+from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
 from training.run import is_first_process
 
 
@@ -62,13 +61,14 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     )
     torch.set_num_threads(hardware.threads)
     validation, precision = splits["validation"], hardware.precision
-    probed: list[dict[str, Subspaces]] = []
+    probed: list[dict[str, Tensor]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
         device = next(trained.parameters()).device
-        probed.append(subspaces_on(model, {"tokens": validation.tokens[:PROBE].to(device)}))
+        batches = ({"tokens": tokens.to(device)} for tokens in validation.tokens[:PROBE].split(PROBED_AT_ONCE))
+        probed.append(heat_maps(subspaces_on(model, batches)))
 
-    with clock(run, "train"):
+    with clock(run, "train") as watch:
         run_stages(
             model,
             experiment.recipe,
@@ -83,6 +83,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             hardware=hardware,
             seed=experiment.seed,
             after_stage=after_stage,
+            after_epoch=watch.tick,
         )
     if is_first_process():
         save(model, run.path / "adapter.safetensors")

@@ -31,10 +31,14 @@ def mean_redundancy(subspaces: Mapping[str, Subspaces]) -> float:
     """
     if not subspaces:
         raise ValueError("no subspaces: run the model inside `with capture(model) as subspaces:` first")
+    return mean_off_diagonal({name: redundancy(layer) for name, layer in subspaces.items()})
+
+
+def mean_off_diagonal(heat: Mapping[str, Tensor]) -> float:
+    """`mean_redundancy` from the heat maps (r, r) of the layers."""
     means = []
-    for name, layer in subspaces.items():
-        heat = redundancy(layer)
-        pairs = heat[~torch.eye(len(heat), dtype=torch.bool, device=heat.device)]
+    for name, layer in heat.items():
+        pairs = layer[~torch.eye(len(layer), dtype=torch.bool, device=layer.device)]
         if not len(pairs):
             raise ValueError(f"{name} has rank 1: with a single subspace there is no redundancy between subspaces")
         means.append(pairs.mean())

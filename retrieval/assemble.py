@@ -15,6 +15,7 @@ from retrieval.experiment import Experiment
 from retrieval.model import RetrievalModel
 from retrieval.models import build_model
 from training.chunked import check_chunkable
+from training.hardware import compute_device
 
 
 def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
@@ -60,5 +61,5 @@ def restore(run: Path) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dic
             raise FileNotFoundError(f"{run} holds no {name}: expected the folder of a run that training has finished")
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     splits, model, captions = assemble(Experiment.of(config))
-    load(model, run / "adapter.safetensors")
+    load(model, run / "adapter.safetensors").to(compute_device())
     return splits, model, captions

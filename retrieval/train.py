@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapters import save
 from eval import chance_level
@@ -23,7 +23,7 @@ from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
-from training.record import PROBE, clock, describe, record_redundancy, subspaces_on
+from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
 from training.run import is_first_process
 
 
@@ -68,12 +68,12 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     )
     torch.set_num_threads(hardware.threads)
     validation, test, precision = splits["validation"], splits["test"], hardware.precision
-    probed: list[dict[str, Subspaces]] = []
+    probed: list[dict[str, Tensor]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
-        probed.append(probe(model, validation, captions["validation"]))
+        probed.append(heat_maps(probe(model, validation, captions["validation"])))
 
-    with clock(run, "train"):
+    with clock(run, "train") as watch:
         run_stages(
             model,
             experiment.recipe,
@@ -94,6 +94,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             hardware=hardware,
             seed=experiment.seed,
             after_stage=after_stage,
+            after_epoch=watch.tick,
         )
     if is_first_process():
         save(model, run.path / "adapter.safetensors")
@@ -117,9 +118,15 @@ def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> 
     """The subspaces of every low-rank layer on the first pairs of a split, without dropout; {} where there is none."""
     if not low_rank_layers(model):
         return {}  # before any video is decoded
-    images = range(min(PROBE, len(data)))
-    first_caption = [int((data.image_of_caption == image).argmax()) for image in images]
-    batch = model.collate_visual([data.visual(image) for image in images])
-    batch |= collate_text([captions.ids[caption] for caption in first_caption], model.text_length)
     device = next(model.parameters()).device
-    return subspaces_on(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    images = range(min(PROBE, len(data)))
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(images), PROBED_AT_ONCE):
+            some = images[start : start + PROBED_AT_ONCE]
+            first_caption = [int((data.image_of_caption == image).argmax()) for image in some]
+            batch = model.collate_visual([data.visual(image) for image in some])
+            batch |= collate_text([captions.ids[caption] for caption in first_caption], model.text_length)
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+    return subspaces_on(model, batches())

@@ -189,7 +189,7 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
     from retrieval.data import DATASETS as RETRIEVAL
     from retrieval.experiment import Experiment as RetrievalExperiment
     from retrieval.train import probe
-    from training.record import PROBE, subspaces_on
+    from training.record import PROBE, PROBED_AT_ONCE, subspaces_on
 
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if threads := (read_json(run / "run.json") or {}).get("threads"):
@@ -207,7 +207,8 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
     else:
         _, tokens, classifier = assemble(experiment)
         load(classifier, run / ADAPTER)
-        on, captured = "validation images", subspaces_on(classifier, {"tokens": tokens["validation"].tokens[:PROBE]})
+        batches = ({"tokens": some} for some in tokens["validation"].tokens[:PROBE].split(PROBED_AT_ONCE))
+        on, captured = "validation images", subspaces_on(classifier, batches)
     return Measured(f"features ({on})", {layer: captured[layer] for layer in layers})
 
 

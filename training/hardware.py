@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from time import perf_counter
+from typing import cast
 
 import torch
 
@@ -22,6 +23,25 @@ class Hardware:
 
     threads: int
     precision: str
+
+
+def process_count() -> int:
+    """Processes of this training; torchrun says so before they are connected."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def compute_device() -> torch.device:
+    """Where transformers' Trainer would train: this process's accelerator, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = cast(torch.device, torch.accelerator.current_accelerator()).type
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def device_name() -> str:
+    """For people: "cpu", or what the accelerator calls itself."""
+    device = compute_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def check_devices() -> None:
@@ -41,8 +61,9 @@ def check_devices() -> None:
 def choose_hardware(threads: int | None = None, precision: str | None = None) -> Hardware:
     """The given threads and precision, or the fastest where they are None.
 
-    bfloat16 is chosen only if it is at least 1.3 times faster: it also rounds. With an accelerator, threads are
-    torch's own default and the precision is bfloat16 where the accelerator has it.
+    bfloat16 is chosen only if it is at least 1.3 times faster: it also rounds. With an accelerator, and in each of
+    several processes, which would time one another and may choose differently, nothing is measured: threads are torch's
+    own default, and the precision is bfloat16 where an accelerator has it.
 
     Raises:
         ValueError: for fewer than one thread or an unknown precision.
@@ -51,14 +72,14 @@ def choose_hardware(threads: int | None = None, precision: str | None = None) ->
         raise ValueError(f"threads is {threads}; expected at least 1, or null to measure")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}, or null to measure")
-    if torch.accelerator.is_available():
+    if torch.accelerator.is_available() or process_count() > 1:
         fast = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
         return Hardware(threads or torch.get_num_threads(), precision or fast)
 
     def cost(count: int, name: str) -> float:
         return _seconds(count, getattr(torch, name)) * (1.3 if name == "bfloat16" and precision is None else 1.0)
 
-    counts = [threads] if threads else list(range(1, min(os.cpu_count() or 1, 16) + 1))
+    counts = [threads] if threads else list(range(1, min(cores(), 16) + 1))
     names = (precision,) if precision else PRECISIONS
     if len(counts) * len(names) == 1:
         return Hardware(counts[0], names[0])
@@ -69,6 +90,11 @@ def choose_hardware(threads: int | None = None, precision: str | None = None) ->
         return Hardware(min(counts, key=lambda count: cost(count, best)), best)
     finally:
         torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _seconds(threads: int, dtype: torch.dtype, repeats: int = 8) -> float:

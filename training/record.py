@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from adapters import adapter_parameters, trainable_parameters
-from regularizers import Subspaces, capture, mean_redundancy, redundancy
+from regularizers import Subspaces, capture, redundancy
+from regularizers.diagnostics import mean_off_diagonal
 from regularizers.layers import low_rank_layers
 from training.experiment import BaseExperiment
-from training.hardware import Hardware, choose_hardware
+from training.hardware import Hardware, choose_hardware, device_name, process_count
 from training.run import RunFolder, environment, is_first_process
 
 PROBE = 128  # validation items on which redundancy is measured
+PROBED_AT_ONCE = 32
 
 
 def describe(
@@ -40,13 +42,24 @@ def describe(
         preprocessing: how files became what the model takes.
         metric: what "validation" selection maximises, for people.
         frozen_elsewhere: parameters of the backbone that `model` does not hold because their outputs are cached.
+
+    Raises:
+        ValueError: an earlier launch had another number of processes, and with it another batch.
     """
     described = run.read_json("run.json") or {}
+    if (before := described.get("processes", process_count())) != process_count():
+        raise ValueError(
+            f"{run.path} was begun with {before} processes and would go on with {process_count()}, that is, with other "
+            f"batches; launch it with `torchrun --nproc_per_node {before}` (python for 1), or in another runs=FOLDER"
+        )
     if "threads" not in described:
         hardware = choose_hardware(experiment.threads, experiment.precision)
         of_adapter = adapter_parameters(model)
         described |= environment() | {
             "seed": experiment.seed,
+            "device": device_name(),
+            "processes": process_count(),
+            "batch_size": experiment.recipe.batch_size * process_count(),
             "threads": hardware.threads,
             "precision": hardware.precision,
             "model": experiment.model["name"],
@@ -67,25 +80,42 @@ def describe(
     return Hardware(described["threads"], described["precision"])
 
 
+class Clock:
+    """Adds seconds to a part of run.json."""
+
+    def __init__(self, run: RunFolder, part: str) -> None:
+        self.run, self.part, self.since = run, part, perf_counter()
+
+    def tick(self) -> None:
+        """Write down the time since the last tick."""
+        now = perf_counter()
+        if is_first_process():
+            described = self.run.read_json("run.json") or {}
+            seconds = described.setdefault("seconds", {})
+            seconds[self.part] = round(seconds.get(self.part, 0.0) + now - self.since, 2)
+            self.run.write_json("run.json", described)
+        self.since = now
+
+
 @contextmanager
-def clock(run: RunFolder, part: str) -> Iterator[None]:
+def clock(run: RunFolder, part: str) -> Iterator[Clock]:
     """Add the seconds that a part takes to run.json; a resumed run adds to what its earlier launches spent.
 
-    Of several processes, the first one's: they run at the same time.
+    What is killed loses the time since its last tick. Of several processes, the first one's time: they run at once.
     """
-    start = perf_counter()
-    yield
-    if not is_first_process():
-        return
-    described = run.read_json("run.json") or {}
-    seconds = described.setdefault("seconds", {})
-    seconds[part] = round(seconds.get(part, 0.0) + perf_counter() - start, 2)
-    run.write_json("run.json", described)
+    watch = Clock(run, part)
+    try:
+        yield watch
+    except BaseException:
+        if run.path.is_dir():  # a mistake that is found before the run begins leaves nothing
+            watch.tick()
+        raise
+    watch.tick()
 
 
 @torch.no_grad()
-def subspaces_on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Subspaces]:
-    """The subspaces of every low-rank layer on one batch (the arguments of the model's forward), without dropout.
+def subspaces_on(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Subspaces]:
+    """The subspaces of every low-rank layer on some batches (arguments of the model's forward), without dropout.
 
     {} for a model without such a layer: many adapters have none.
     """
@@ -94,21 +124,25 @@ def subspaces_on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Sub
     was_training = model.training
     model.eval()
     with capture(model) as subspaces:
-        model(**batch)
+        for batch in batches:
+            model(**batch)
     model.train(was_training)
     return subspaces
 
 
-def record_redundancy(run: RunFolder, probed: Sequence[Mapping[str, Subspaces]]) -> dict[str, Any]:
-    """Write redundancy.json from what was probed after each stage: the first is "before", the last is "after".
+def heat_maps(layers: Mapping[str, Subspaces]) -> dict[str, Tensor]:
+    """The redundancy (r, r) of each layer that has two subspaces or more: all that a run keeps of what it probed."""
+    return {name: redundancy(layer).cpu() for name, layer in layers.items() if len(layer.basis) > 1}
+
+
+def record_redundancy(run: RunFolder, probed: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Write redundancy.json from the heat maps after each stage: the first is "before", the last is "after".
 
     Returns:
         {"redundancy": {"before": mean, "after": mean}} for metrics.json; {} where no layer has two subspaces.
     """
-    several = [{name: layer for name, layer in layers.items() if len(layer.basis) > 1} for layers in probed]
-    if not several or not several[0]:
+    if not probed or not probed[0]:
         return {}
-    ends = {"before": several[0], "after": several[-1]}
-    heat = {when: {n: redundancy(s).tolist() for n, s in layers.items()} for when, layers in ends.items()}
-    run.write_json("redundancy.json", heat)
-    return {"redundancy": {when: mean_redundancy(layers) for when, layers in ends.items()}}
+    ends = {"before": probed[0], "after": probed[-1]}
+    run.write_json("redundancy.json", {when: {n: h.tolist() for n, h in heat.items()} for when, heat in ends.items()})
+    return {"redundancy": {when: mean_off_diagonal(heat) for when, heat in ends.items()}}

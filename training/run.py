@@ -92,7 +92,7 @@ class RunFolder:
             raise ValueError(f"start_from needs a first stage without the regularizer; stage {stage!r} regularizes")
         folder.mkdir(parents=True, exist_ok=True)
         for path in (*theirs.glob("*.safetensors"), theirs / "history.json"):  # the history says that it is complete
-            partial = folder / (path.name + ".partial")
+            partial = folder / f"{path.name}.{os.getpid()}.partial"  # every process of a training may come here
             shutil.copyfile(path, partial)
             os.replace(partial, folder / path.name)
 

@@ -7,7 +7,6 @@ epoch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import (
 from adapters import load, save
 from regularizers import ReSoRA
 from training.choose import check_name
-from training.hardware import Hardware, check_devices
+from training.hardware import Hardware, check_devices, compute_device, process_count
 from training.optimizers import OPTIMIZERS, LearningRates, build_optimizer
 from training.run import RunFolder
 from training.schedules import Cosine, Schedule, Span, scheduler
@@ -126,18 +125,20 @@ def run_stages(
     seed: int,
     metric: str = "Rsum",
     after_stage: Callable[[Stage, nn.Module], None] = lambda stage, model: None,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """Train `model`, which holds its adapter, through the stages of `recipe`, in place.
 
     Checkpoints and the weights after each stage go to `<run>/checkpoints/<stage>/`, the log of all stages to
     `<run>/log.jsonl`. `metric`, as people write it, is shown after each epoch and maximised where validation selects;
     the evaluator's key is its lower case. `after_stage` is called after each stage, whether it was trained now or
-    before.
+    before, `after_epoch` after each epoch that was trained now.
 
     Raises:
         ValueError: if the data has fewer items than one batch, or this process has several GPUs.
     """
     check_devices()
+    model.to(compute_device())
     if (items := len(dataset)) < recipe.batch_size:  # type: ignore[arg-type]
         raise ValueError(f"{items} training items make no batch of {recipe.batch_size}; lower trainer.batch_size")
     records: list[dict[str, Any]] = []
@@ -162,13 +163,15 @@ def run_stages(
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(_Progress(stage.name, metric))
-            trainer.add_callback(_WriteLog(run, list(records), stage.name))
+            trainer.add_callback(_WriteLog(run, list(records), stage.name, after_epoch))
             checkpoint = latest_checkpoint(folder)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             history = trainer.state.log_history
             if trainer.is_world_process_zero():
                 save(model, folder / WEIGHTS)
                 run.write_json(f"checkpoints/{stage.name}/history.json", history)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # the first process has written what the next stage starts from
         else:
             load(model, folder / WEIGHTS)
         records += _log_records(stage.name, history)
@@ -182,7 +185,7 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """The optimiser and its schedule for stage `index`."""
     optimizer = build_optimizer(recipe.optimizer, model, recipe.rates, heads)
-    steps = items // (recipe.batch_size * int(os.environ.get("WORLD_SIZE", "1")))  # of an epoch
+    steps = items // (recipe.batch_size * process_count())  # of an epoch
     before = sum(stage.epochs for stage in recipe.stages[:index])
     if recipe.restart:
         here = steps * recipe.stages[index].epochs
@@ -195,7 +198,7 @@ def _optimizer(
                 f"{run.path} holds no checkpoint of stage {recipe.stages[index - 1].name!r} to go on from with "
                 "restart=False (start_from takes weights alone); use trainer.restart=true, or train both stages here"
             )
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     total = steps * sum(stage.epochs for stage in recipe.stages)
     span = Span(steps=total, warmup=recipe.warmup, steps_per_epoch=steps)
     return optimizer, scheduler(optimizer, recipe.schedule, span, done=steps * before)
@@ -246,12 +249,15 @@ def _log_records(stage: str, history: list[dict[str, Any]]) -> list[dict[str, An
 class _WriteLog(TrainerCallback):
     """Keep log.jsonl up to date after each epoch; after a resume it continues from the checkpoint's own history."""
 
-    def __init__(self, run: RunFolder, earlier: list[dict[str, Any]], stage: str) -> None:
-        self.run, self.earlier, self.stage = run, earlier, stage
+    def __init__(
+        self, run: RunFolder, earlier: list[dict[str, Any]], stage: str, after_epoch: Callable[[], None]
+    ) -> None:
+        self.run, self.earlier, self.stage, self.after_epoch = run, earlier, stage, after_epoch
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.run.write_lines("log.jsonl", self.earlier + _log_records(self.stage, state.log_history))
+        self.after_epoch()
 
 
 class _Progress(TrainerCallback):

@@ -7,7 +7,6 @@ EfficientNet-Lite0 at 192 px, which a CPU computes in a minute for thousands of 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
+
+from training.hardware import cores
 
 if TYPE_CHECKING:
     from timm.models import EfficientNet
@@ -62,7 +63,7 @@ def region_features(model: EfficientNet, pictures: Sequence[np.ndarray], label: 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(_cores()) as pool, tqdm(total=len(pictures), desc=label, unit="picture") as bar:
+        with ThreadPoolExecutor(cores()) as pool, tqdm(total=len(pictures), desc=label, unit="picture") as bar:
             found = []
             for part in pool.map(extract, starts):
                 found.append(part)
@@ -70,10 +71,6 @@ def region_features(model: EfficientNet, pictures: Sequence[np.ndarray], label: 
     finally:
         torch.set_num_threads(threads)
     return np.concatenate(found)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fold_batch_norms(model: Network) -> Network:

@@ -219,8 +219,8 @@ def test_a_probe_goes_to_the_device_of_the_model(bert_folder: Path, monkeypatch:
     """As after a training on a GPU; "meta" stands for it."""
     encoder, tokenizer = bert(str(bert_folder), bert_folder)
     model = inject(VSEInfinity(encoder, 3, VSEInfinityConfig(embed_dim=16, hidden_dim=8)), LoRA(rank=2)).to("meta")
-    monkeypatch.setattr("retrieval.train.subspaces_on", lambda model, batch: batch)
-    batch = probe(model, Data(), Captions(Data.captions, tokenizer))
+    monkeypatch.setattr("retrieval.train.subspaces_on", lambda model, batches: list(batches))
+    (batch,) = probe(model, Data(), Captions(Data.captions, tokenizer))
     assert batch.keys() >= {"regions", "input_ids"} and {tensor.device.type for tensor in batch.values()} == {"meta"}
 
 

@@ -187,7 +187,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     from retrieval.experiment import Experiment
     from retrieval.train import probe
     from training import RunFolder
-    from training.record import record_redundancy
+    from training.record import heat_maps, record_redundancy
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "scripts/conf")):
         composed = hydra.compose(
@@ -197,7 +197,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     splits, model, captions = assemble(Experiment.of(config))
     validation = (model, splits["validation"], captions["validation"])
-    before = probe(*validation)
+    before = heat_maps(probe(*validation))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if ".branches." in name:
@@ -205,7 +205,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     folder.begin(config)
     folder.write_json("run.json", {"threads": 1})
     save(model, folder.path / "adapter.safetensors")
-    folder.write_json("metrics.json", record_redundancy(folder, [before, probe(*validation)]))
+    folder.write_json("metrics.json", record_redundancy(folder, [before, heat_maps(probe(*validation))]))
     return folder.path
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 
 from adapters import Full, LoRA, inject
 from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_hardware
+from training.hardware import compute_device, device_name
 from training.optimizers import parameter_groups
-from training.record import clock
+from training.record import clock, describe
 from training.trainer import latest_checkpoint
 
 
@@ -64,6 +67,42 @@ def test_of_several_processes_the_first_counts_seconds(tmp_path: Path, monkeypat
     with clock(RunFolder(tmp_path / "alone"), "train"):
         pass
     assert RunFolder(tmp_path / "alone").read_json("run.json")["seconds"]["train"] >= 0
+
+
+def test_an_interrupted_part_keeps_its_seconds(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(KeyboardInterrupt), clock(run, "train") as watch:
+        time.sleep(0.02)
+        watch.tick()  # as after an epoch; a kill later on would lose the rest alone
+        ticked = run.read_json("run.json")["seconds"]["train"]
+        time.sleep(0.02)
+        raise KeyboardInterrupt
+    assert 0.02 <= ticked < ticked + 0.01 < run.read_json("run.json")["seconds"]["train"]
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, nothing = RunFolder(tmp_path), cast(Any, None)
+    run.write_json("run.json", {"processes": 2, "threads": 3, "precision": "float32"})
+    with pytest.raises(ValueError, match=r"begun with 2 processes .* with 1, .*torchrun --nproc_per_node 2"):
+        describe(run, nothing, nothing, data={}, preprocessing="", metric="")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert describe(run, nothing, nothing, data={}, preprocessing="", metric="") == Hardware(3, "float32")
+
+
+def test_several_processes_do_not_time_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.hardware._seconds", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    assert choose_hardware() == Hardware(torch.get_num_threads(), expected)
+
+
+def test_the_device_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert compute_device() == torch.device("cuda:3")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert compute_device() == torch.device("cpu") and device_name() == "cpu"
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
