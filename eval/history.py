@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpan:
     """A stage's place on the common axis, in epochs since the start of the run."""
 
     name: str
@@ -26,7 +26,7 @@ class History:
         validation: key of `retrieval_metrics` -> its curve.
     """
 
-    stages: list[Stage]
+    stages: list[StageSpan]
     losses: dict[str, tuple[list[float], list[float]]]
     validation: dict[str, tuple[list[float], list[float]]]
 
@@ -37,16 +37,16 @@ def read_history(log: Iterable[Mapping[str, Any]]) -> History:
     Args:
         log: lines with "stage", "epoch" and either "loss" and "parts" (training) or "validation".
     """
-    stages: list[Stage] = []
+    stages: list[StageSpan] = []
     losses: dict[str, tuple[list[float], list[float]]] = {}
     validation: dict[str, tuple[list[float], list[float]]] = {}
     for line in log:
         if not stages or stages[-1].name != line["stage"]:
             start = stages[-1].end if stages else 0.0
-            stages.append(Stage(line["stage"], start, start))
+            stages.append(StageSpan(line["stage"], start, start))
         stage = stages[-1]
         epoch = stage.start + line["epoch"]
-        stages[-1] = Stage(stage.name, stage.start, max(stage.end, epoch))
+        stages[-1] = StageSpan(stage.name, stage.start, max(stage.end, epoch))
         if "validation" in line:
             curves, values = validation, line["validation"]
         else:

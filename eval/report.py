@@ -16,7 +16,7 @@ from eval.figures import DARK, LIGHT, Palette, heatmap_figure, loss_figure, reca
 from eval.history import read_history
 from eval.pictures import data_uri, retrieved_cards
 from eval.redundancy import common_prefix, layer_redundancies
-from eval.run_folder import RunFolder, read_run
+from eval.run_folder import FinishedRun, read_run
 from eval.tables import SPLITS, table_rows
 
 
@@ -56,7 +56,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _content(folder: RunFolder) -> dict[str, Any]:
+def _content(folder: FinishedRun) -> dict[str, Any]:
     """What the template shows."""
     history = read_history(folder.log) if folder.log else None
     run, metrics = folder.run, folder.metrics

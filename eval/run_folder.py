@@ -18,7 +18,7 @@ RUN_KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFolder:
+class FinishedRun:
     """What a finished run left behind. An optional file that is missing is None, and the report says so.
 
     Attributes:
@@ -40,7 +40,7 @@ class RunFolder:
     retrieved: dict[str, Any] | None
 
 
-def read_run(path: Path) -> RunFolder:
+def read_run(path: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
@@ -60,7 +60,7 @@ def read_run(path: Path) -> RunFolder:
         _require(metrics[split], TABLE_KEYS, f"metrics.json, {split}")
         _require(metrics["chance"].get(split, {}), TABLE_KEYS, f"metrics.json, chance of {split}")
     config, log = path / "config.yaml", path / "log.jsonl"
-    return RunFolder(
+    return FinishedRun(
         path=path,
         run=run,
         metrics=metrics,

@@ -54,7 +54,7 @@ def capture(
     Raises:
         ValueError: if the model holds no layer to capture, or is compiled; if a mask's positions cannot be matched with
             a layer's.
-        RuntimeError: inside another capture of the same model.
+        RuntimeError: inside another capture of the same model, where its adapter is one of this suite.
     """
     captured = Captured(on, samples)
     model = _plain(model)

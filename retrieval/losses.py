@@ -66,6 +66,13 @@ class TripletLoss:
     margin: float = 0.2
     warmup_epochs: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.margin > 0 or not self.warmup_epochs >= 0:
+            raise ValueError(
+                f"TripletLoss needs margin > 0 and warmup_epochs >= 0, but got margin={self.margin}, "
+                f"warmup_epochs={self.warmup_epochs}"
+            )
+
     def __call__(self, outputs: dict[str, Tensor], epoch: float) -> dict[str, Tensor]:
         pairs = compare(outputs)
         columns = torch.arange(len(pairs.counts), device=pairs.match.device)
@@ -85,10 +92,15 @@ class InfoNCE:
     """Symmetric cross-entropy over the batch, (CE(rows) + CE(columns)) / 2, as in CLIP; the mean over valid pairs.
 
     Args:
-        temperature: scores are divided by it, unless the model brings a learned `logit_scale`. Default: 0.05.
+        temperature: scores are divided by it, unless the model brings a learned `logit_scale`, as CLIP4Clip does.
+            Default: 0.05.
     """
 
     temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; expected a positive number")
 
     def __call__(self, outputs: dict[str, Tensor], epoch: float) -> dict[str, Tensor]:
         pairs = compare(outputs, outputs.get("logit_scale", 1.0 / self.temperature))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.errors import HydraException
@@ -47,7 +47,7 @@ def launch(
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     sweep = {"-m", "--multirun"} & set(arguments)
     if message := _unknown_choice(overrides, known):
-        sys.exit(message)
+        stop(message)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(config: DictConfig) -> None:
@@ -59,17 +59,27 @@ def launch(
             compose(name, overrides)
         run()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_explain(str(error), overrides, name, known))
+        stop(_explain(str(error), overrides, name, known))
 
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """Print what a user got wrong (ValueError, a missing file) in one line and end with exit code 2."""
+    """Print what a user got wrong (ValueError, a missing file) in one line and end with exit code 2.
+
+    With RESORA_TRACEBACK=1 in the environment, the stack trace stays: for a mistake that is ours.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("RESORA_TRACEBACK"):
+            raise
+        stop(f"error: {error}")
+
+
+def stop(message: str) -> NoReturn:
+    """Print what a user got wrong and end with exit code 2."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 
 def compose(name: str, overrides: list[str]) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callabl
         if word not in words:
             close = difflib.get_close_matches(word, words, n=1)
             hint = f"did you mean {close[0]}?" if close else f"expected {' or '.join(words)}, or settings like data=..."
-            sys.exit(f"error: unknown word {word!r}; {hint}")
+            stop(f"error: unknown word {word!r}; {hint}")
         sys.argv.remove(word)
     return words[bare[-1]] if bare else None
 
@@ -119,7 +129,10 @@ def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callabl
 def _choices(known: dict[str, list[str]]) -> str:
     lines = [f"  {group}={'|'.join(options)}" for group, options in known.items()]
     return (
-        "Groups:\n" + "\n".join(lines) + "\n\nEvery key of a group can be set: trainer.batch_size=64 adapter.rank=4 ..."
+        "Groups:\n"
+        + "\n".join(lines)
+        + "\n\nEvery key of a group can be set: trainer.batch_size=64 adapter.rank=4 ...\n"
+        "RESORA_TRACEBACK=1 in the environment shows where an error comes from."
     )
 
 

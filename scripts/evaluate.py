@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from command_line import launch
 
-from retrieval.data import SPLITS
+from retrieval.data import DATASETS, SPLITS
 
 
 def main(config: dict[str, Any]) -> None:
@@ -25,8 +25,19 @@ def main(config: dict[str, Any]) -> None:
     folder, split = Path(config["run"]), config["split"]
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    splits, model, captions = restore(folder)
     described = RunFolder(folder).read_json("run.json")  # computed as the run did, so that the numbers are the same
+    if described is None or not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"run={folder} holds no run.json and config.yaml: expected the folder of a finished run"
+        )
+    if (name := described["data"]["name"]) not in DATASETS:
+        raise ValueError(
+            f"run={folder} is a run on {name}, which is no retrieval data; the accuracy of a classification run is in "
+            "its metrics.json"
+        )
+    if config["output"] and not Path(config["output"]).resolve().parent.is_dir():
+        raise FileNotFoundError(f"output={config['output']}: its folder does not exist")
+    splits, model, captions = restore(folder)
     torch.set_num_threads(described["threads"])
     data = splits[split]
     metrics = {

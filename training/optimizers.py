@@ -31,6 +31,11 @@ class LearningRates:
     weight_decay: float = 1e-4
     decay_vectors: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("adapter", "head", "backbone", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"rates.{name} is {getattr(self, name)}; expected a number, 0 or more")
+
 
 def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, ...]) -> list[dict]:
     """Sort the parameters that train into AdamW's groups; `heads` are paths of what is neither backbone nor adapter.

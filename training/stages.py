@@ -84,9 +84,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
-        if not names or len(set(names)) != len(names) or any(stage.epochs < 1 for stage in self.stages):
+        short = [stage for stage in self.stages if not isinstance(stage.epochs, int) or stage.epochs < 1]
+        if not names or len(set(names)) != len(names) or short:
             raise ValueError(
-                f"stages are {self.stages}; expected at least one, of distinct names and one epoch or more each"
+                f"stages are {self.stages}; expected at least one, of distinct names and one whole epoch or more each"
             )
         if self.batch_size < 2 or not 0 <= self.warmup < 1 or self.max_grad_norm <= 0:
             raise ValueError(

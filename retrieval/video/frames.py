@@ -168,7 +168,10 @@ def pyav_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline, 
     Raises:
         VideoError: a wanted frame is missing, damaged, or not shown when the container says.
     """
-    frames = (_sought if line.seekable else _in_order)(path, indices, line, short)
+    try:
+        frames = (_sought if line.seekable else _in_order)(path, indices, line, short)
+    except (av.FFmpegError, OSError) as error:  # in opening, seeking or converting; `decode` tells of its own
+        raise VideoError(path, f"FFmpeg failed: {type(error).__name__} {error}".strip()) from error
     if len(frames) < len(indices):
         raise VideoError(path, f"only {len(frames)} of {len(indices)} frames up to {indices[-1]} can be decoded")
     return np.stack(frames)

@@ -9,7 +9,7 @@ import pytest
 
 from eval import chance_level, render_table
 from eval.figures import LIGHT, heatmap_figure, loss_figure, spread, to_svg
-from eval.history import Stage, read_history
+from eval.history import StageSpan, read_history
 from eval.redundancy import common_prefix, layer_redundancies, mean_off_diagonal
 
 LOG = [
@@ -23,7 +23,7 @@ LOG = [
 
 def test_stages_follow_one_another_on_one_axis() -> None:
     history = read_history(LOG)
-    assert history.stages == [Stage("adapt", 0.0, 1.0), Stage("regularize", 1.0, 3.0)]
+    assert history.stages == [StageSpan("adapt", 0.0, 1.0), StageSpan("regularize", 1.0, 3.0)]
     assert history.losses == {"info_nce": ([0.5, 1.0, 1.5], [2.0, 1.5, 1.4]), "resora_linear": ([1.5], [0.2])}
     assert history.validation == {"rsum": ([1.0, 3.0], [100.0, 120.0])}
 

@@ -114,3 +114,14 @@ def test_padding_changes_neither_embeddings_nor_batch_statistics() -> None:
     model.encode_visual(**together)
     flat = torch.cat([torch.from_numpy(item) for item in regions])
     torch.testing.assert_close(model.image.mlp[1].running_mean, model.image.mlp[0](flat).mean(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [(InfoNCE, {"temperature": 0.0}), (InfoNCE, {"temperature": float("nan")}), (TripletLoss, {"margin": -0.1}),
+     (TripletLoss, {"warmup_epochs": -1.0})],
+)  # fmt: skip
+def test_settings_that_cannot_train_are_refused(loss: type, settings: dict[str, float]) -> None:
+    (name, value) = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        loss(**settings)

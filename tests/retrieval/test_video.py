@@ -281,3 +281,16 @@ def test_without_decord_pyav_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(__import__("sys").modules, "decord", None)
     with pytest.warns(UserWarning, match=r"decord is not installed: videos are read with PyAV instead$"):
         assert numbers(read_frames(path, 20)) == list(range(20))
+
+
+def test_whatever_ffmpeg_says_is_a_video_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in opening, seeking and converting, where a file that was whole a moment ago fails."""
+    path = encode(tmp_path / "a.mp4", 8)
+
+    def failing(*arguments: object, **options: object) -> None:
+        raise av.InvalidDataError(1, "broken")
+
+    line = timeline(path)
+    monkeypatch.setattr(av, "open", failing)
+    with pytest.raises(VideoError, match="FFmpeg failed: InvalidDataError"):
+        BACKENDS["pyav"](path, np.array([0]), line, None)

@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
 
+import evaluate
+from command_line import mistakes_in_one_line
 from summary import print_summary
 
 from training import RunFolder
@@ -78,7 +80,29 @@ def test_help_offers_what_fits_the_command() -> None:
 )
 def test_a_mistake_gets_one_line_and_no_stack_trace(argument: str, hint: str, tmp_path: Path, scenes: Path) -> None:
     done = run("train_retrieval", f"root={scenes}", f"runs={tmp_path}", argument)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr and hint in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_evaluating_what_is_no_retrieval_run_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    def refused(message: str, **config: str | None) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            evaluate.main({"run": str(tmp_path), "split": "test", "output": None} | config)
+
+    refused("holds no run.json and config.yaml: expected the folder of a finished run")
+    RunFolder(tmp_path).write_json("run.json", {"data": {"name": "digits"}})
+    (tmp_path / "config.yaml").touch()
+    refused("is a run on digits, which is no retrieval data")
+    RunFolder(tmp_path).write_json("run.json", {"data": {"name": "openmoji"}})
+    refused("its folder does not exist", output=str(tmp_path / "nowhere" / "metrics.json"))
+    refused("split is 'dev'", split="dev")
+
+
+def test_the_stack_trace_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="2"), mistakes_in_one_line():
+        raise ValueError("a mistake")
+    monkeypatch.setenv("RESORA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="a mistake"), mistakes_in_one_line():
+        raise ValueError("a mistake")

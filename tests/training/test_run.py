@@ -129,10 +129,14 @@ def test_hardware_is_what_is_asked_for_or_measured() -> None:
 
 def test_bad_recipes_are_refused() -> None:
     stage = Stage(name="a", epochs=1)
-    for settings in ({"stages": ()}, {"stages": (stage, stage)}, {"stages": (Stage(name="a", epochs=0),)}):
+    half = Stage(name="a", epochs=cast(int, 1.5))
+    for settings in ({"stages": ()}, {"stages": (stage, stage)}, {"stages": (Stage(name="a", epochs=0),)},
+                     {"stages": (half,)}):  # fmt: skip
         with pytest.raises(ValueError, match="distinct names"):
             Recipe(**settings)
     with pytest.raises(ValueError, match="batch_size=1"):
         Recipe(stages=(stage,), batch_size=1)
     with pytest.raises(ValueError, match="last, validation"):
         Recipe(stages=(stage,), selection="test")
+    with pytest.raises(ValueError, match=r"rates\.head is -1"):
+        LearningRates(head=-1.0)
