@@ -136,6 +136,8 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
 
     # Checkpoints hold what trains, not the frozen backbone, and nothing that has to be unpickled.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # of several processes the first one writes; transformers calls this in all
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)

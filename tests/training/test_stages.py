@@ -43,6 +43,19 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, epoch: int, adapt
     assert without_score == [{k: v for k, v in line.items() if k != "validation"} for line in lines(whole)]
 
 
+def test_two_processes_go_on_from_the_same_optimiser(tmp_path: Path) -> None:
+    """The first process alone writes it, and is late: the other has to wait."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [tiny.__file__, str(tmp_path), "0", "lora", "False"]
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first.keys() == second.keys() and len(first) > 4
+    for name, parameter in first.items():
+        assert torch.equal(second[name], parameter), name
+    assert [line["epoch"] for line in lines(tmp_path) if "validation" in line] == [1, 2, 1, 2, 3]
+
+
 def test_stages_train_with_and_without_the_penalty_and_are_logged(tmp_path: Path) -> None:
     model = tiny.train(tmp_path)
     log = lines(tmp_path)

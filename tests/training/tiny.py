@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,4 +106,14 @@ def train(
 if __name__ == "__main__":
     assert adapters
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), int(sys.argv[2]), adapter=sys.argv[3], restart=sys.argv[4] == "True")
+    rank, writing = os.environ.get("RANK"), torch.save
+    if rank == "0":  # of several: the one that writes is late
+
+        def late(*arguments: Any, **options: Any) -> None:
+            time.sleep(0.5)
+            writing(*arguments, **options)
+
+        torch.save = late
+    trained = train(Path(sys.argv[1]), int(sys.argv[2]), adapter=sys.argv[3], restart=sys.argv[4] == "True")
+    if rank is not None:
+        writing(dict(trained.named_parameters()), Path(sys.argv[1]) / f"process{rank}.pt")
