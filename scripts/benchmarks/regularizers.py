@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
@@ -36,6 +37,7 @@ class Settings(Options):
     image_size: int = option(224, "pixels")
     measures: tuple[str, ...] = option(tuple(REGULARIZERS), "rows", choices=tuple(REGULARIZERS))
     samples: tuple[int, ...] = option((1576, 6304, 25216), "of the nonlinear measure on its own")
+    add: bool = option(False, "add pairs to LoRA's rows of the last run in --output, where their times are not decided")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +85,8 @@ def rows(settings: Settings) -> list[Row]:
 
 def run(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Measure -> the page and the raw numbers."""
+    if settings.add:
+        return add_pairs(settings)
     table = rows(settings)
     repeats = {"few_pairs": min(FEW_PAIRS, settings.pairs), "warm_up": WARM_UP}
     results: dict[str, Any] = {"settings": described(settings) | repeats, "rows": [], "growth": []}
@@ -102,6 +106,32 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
             }
         )
     results["growth"] = growth(settings)
+    return page(results), results
+
+
+def add_pairs(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """More pairs for LoRA's rows of what `run` wrote on the same machine; all else stays.
+
+    Raises:
+        ValueError: there is nothing to add to, or it was measured in another way.
+    """
+    path = settings.output / "regularizers.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: there is no run to add pairs to; run without --add first")
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    now = described(settings)
+    for name in ("threads", "batch", "model", "image_size", "processor", "torch"):
+        if results["settings"][name] != now[name]:
+            raise ValueError(
+                f"{path} has {name} {results['settings'][name]!r} and this run {now[name]!r}: not the same"
+            )
+    ratios = time_rows([Row("lora", measure, settings.batch) for measure in settings.measures], settings)
+    for row in results["rows"]:
+        row["time_ratios"] += ratios.get(Row(row["adapter"], row["penalty"], row["batch"]), [])
+    measures = ", ".join(settings.measures)
+    results["settings"]["added"] = results["settings"].get("added", "") + (
+        f" `{now['command']}` added {settings.pairs} pairs to LoRA with {measures} on {now['date']}."
+    )
     return page(results), results
 
 

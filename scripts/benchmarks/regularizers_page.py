@@ -44,7 +44,7 @@ Table 6 of the ReSoRA paper on this machine: one training step (forward, penalty
 
 on {date}: {processor}, {threads} threads, torch {torch}. Batch {batch}; equations as printed at batch
 {naive_batch}, for their memory. {pairs} pairs a row, {few_pairs} for equations as printed, after {warm_up} that do not
-count. The raw numbers are in regularizers.json.
+count.{added} The raw numbers are in regularizers.json.
 
 ## One training step
 
@@ -84,7 +84,7 @@ the activations from the lowest to the highest, which lie further out in a large
 def page(results: Mapping[str, Any]) -> str:
     """Markdown with the three tables."""
     return PAGE.format(
-        **results["settings"],
+        **{"added": ""} | results["settings"],
         rows=_rows(results["rows"]),
         targets=_targets(results["rows"], results["settings"]["batch"]),
         growth=_growth(results["growth"]),

@@ -136,17 +136,29 @@ def test_a_tiny_benchmark_writes_its_page(tmp_path: Path, monkeypatch: pytest.Mo
     # Here, not in fresh processes: a minute of imports less. The resident peak then has no meaning.
     monkeypatch.setattr(subject, "in_fresh_process", lambda function, *arguments: (function(*arguments)[0], 1))
     options = "--model vit_tiny_patch16_224 --image-size 32 --batch 2 --pairs 2 --measures linear --samples 500 1000"
+    command = ["regularizers", *options.split(), "--threads", "1", "--output", str(tmp_path / "made")]
     threads = torch.get_num_threads()
     try:
-        benchmark.main(["regularizers", *options.split(), "--threads", "1", "--output", str(tmp_path / "made")])
+        with pytest.raises(ValueError, match="there is no run to add pairs to"):
+            benchmark.main([*command, "--add"])
+        benchmark.main(command)
+        once = json.loads((tmp_path / "made" / "regularizers.json").read_text())
+        benchmark.main([*command, "--add"])
+        with pytest.raises(ValueError, match="has batch 2, but this run 1: not the same"):
+            benchmark.main([*command, "--batch", "1", "--add"])
     finally:
         torch.set_num_threads(threads)
+    twice = json.loads((tmp_path / "made" / "regularizers.json").read_text())
+    for first, second in zip(once["rows"], twice["rows"], strict=True):
+        lengths = [len(row.pop("time_ratios")) for row in (first, second)]
+        assert lengths[0] == (2 if first["penalty"] else 0)
+        assert lengths[1] - lengths[0] == (2 if first["label"] == "LoRA + linear" else 0) and first == second
     page = (tmp_path / "made" / "regularizers.md").read_text()
     for line in ("| Full | 2 |", "| LoRA + linear | 2 |", "| LoRA + Eq. 7 as printed | 1 |", "| linear | FLOPs |"):
         assert line in page
-    results = json.loads((tmp_path / "made" / "regularizers.json").read_text())
+    assert "added 2 pairs to LoRA with linear on" in page
+    results = once
     found = {(row["label"], row["batch"]): row for row in results["rows"]}
-    assert all(len(row["time_ratios"]) == (2 if row["penalty"] else 0) for row in found.values())
     lora, linear, printed = (found[key] for key in [("LoRA", 2), ("LoRA + linear", 2), ("LoRA + Eq. 7", 1)])
     assert linear["reference"] == lora["counts"]
     added = linear["counts"]["flops"] - lora["counts"]["flops"]
