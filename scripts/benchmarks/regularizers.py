@@ -123,7 +123,7 @@ def add_pairs(settings: Settings) -> tuple[str, dict[str, Any]]:
     for name in ("threads", "batch", "model", "image_size", "processor", "torch"):
         if results["settings"][name] != now[name]:
             raise ValueError(
-                f"{path} has {name} {results['settings'][name]!r} and this run {now[name]!r}: not the same"
+                f"{path} has {name} {results['settings'][name]!r}, but this run {now[name]!r}: not the same"
             )
     ratios = time_rows([Row("lora", measure, settings.batch) for measure in settings.measures], settings)
     for row in results["rows"]:
