@@ -62,7 +62,7 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = frozenset() if adapter.name == "full" else frozenset(trains)
     for name, parameter in model.named_parameters():
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in train):
+        if is_below(name, train):
             parameter.requires_grad_(True)
     leave_fast_path(model)
     for module in model.modules():
@@ -85,6 +85,11 @@ def check_fresh(model: nn.Module) -> None:
             f"this {type(model).__name__} is not fresh: an adapter was injected into {where}, where a second one would "
             "undo it; inject once, into the whole, with targets or patterns that reach all the layers"
         )
+
+
+def is_below(name: str, paths: Iterable[str]) -> bool:
+    """Whether a path is one of `paths` or below it; everything is below ""."""
+    return any(not path or name == path or name.startswith(path + ".") for path in paths)
 
 
 def injection(model: nn.Module) -> Injection | None:

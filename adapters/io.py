@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.base import Adapter
-from adapters.inject import check_fresh, inject, injection
+from adapters.inject import check_fresh, inject, injection, is_below
 from adapters.methods import ADAPTERS
 
 FORMAT = "resora-adapter-1"
@@ -77,7 +77,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     else:  # what will be frozen: all that is not in the file
         check_fresh(model)
         trains = (*tensors, *train, *([""] if adapter.name == "full" else []))
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not _is_below(name, trains)}
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not is_below(name, trains)}
     if metadata["base"] != (identity := base_identity(frozen.items())):
         half = torch.float16 in {tensor.dtype for tensor in (*tensors.values(), *frozen.values())}
         raise ValueError(
@@ -142,17 +142,12 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     named = ("",) if held.adapter.name == "full" else held.train
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
-        if _is_below(path, named) or any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        if is_below(path, named) or any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             persistent = {
                 n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
             }
             tensors |= {f"{path}.{name}" if path else name: buffer for name, buffer in persistent.items()}
     return tensors
-
-
-def _is_below(name: str, paths: Iterable[str]) -> bool:
-    """Whether a path is one of `paths` or below it; everything is below ""."""
-    return any(not path or name == path or name.startswith(path + ".") for path in paths)
 
 
 @torch.no_grad()

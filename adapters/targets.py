@@ -148,7 +148,7 @@ def _maps(model: nn.Module) -> Iterator[Site]:
         if isinstance(getattr(module, "q_bias", None), nn.Parameter):
             # timm's BEiT, EVA and Swin v2 read qkv.weight beside biases of their own, DeBERTa in_proj.weight: a branch
             # on it would be ignored.
-            never_called |= {getattr(module, fused_map, module) for fused_map in ("qkv", "in_proj")}
+            never_called |= {child for fused_map, child in module.named_children() if fused_map in ("qkv", "in_proj")}
         if isinstance(module, nn.MultiheadAttention):
             out_projections[module.out_proj] = module
         if isinstance(fused, nn.Parameter):

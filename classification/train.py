@@ -17,6 +17,7 @@ from classification.data import SPLITS, ClassificationDataset
 from classification.evaluate import evaluate
 from classification.experiment import Experiment
 from eval import chance_accuracy
+from regularizers import Subspaces
 from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
@@ -64,9 +65,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     probed: list[dict[str, Tensor]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
-        device = next(trained.parameters()).device
-        batches = ({"tokens": tokens.to(device)} for tokens in validation.tokens[:PROBE].split(PROBED_AT_ONCE))
-        probed.append(heat_maps(subspaces_on(model, batches)))
+        probed.append(heat_maps(probe(model, validation.tokens)))
 
     with clock(run, "train") as watch:
         run_stages(
@@ -95,6 +94,12 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         metrics |= record_redundancy(run, probed)
     run.write_json("metrics.json", metrics)
     return run
+
+
+def probe(model: nn.Module, tokens: Tensor) -> dict[str, Subspaces]:
+    """The subspaces of every low-rank layer on the first images of a split, without dropout; {} where there is none."""
+    device = next(model.parameters()).device
+    return subspaces_on(model, ({"tokens": some.to(device)} for some in tokens[:PROBE].split(PROBED_AT_ONCE)))
 
 
 def cross_entropy(outputs: Mapping[str, Tensor], epoch: float) -> dict[str, Tensor]:

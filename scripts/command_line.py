@@ -128,12 +128,11 @@ def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callabl
 
 def _choices(known: dict[str, list[str]]) -> str:
     lines = [f"  {group}={'|'.join(options)}" for group, options in known.items()]
-    return (
-        "Groups:\n"
-        + "\n".join(lines)
-        + "\n\nEvery key of a group can be set: trainer.batch_size=64 adapter.rank=4 ...\n"
-        "RESORA_TRACEBACK=1 in the environment shows where an error comes from."
+    more = (
+        "Every key of a group can be set: trainer.batch_size=64 adapter.rank=4 ...",
+        "RESORA_TRACEBACK=1 in the environment shows where an error comes from.",
     )
+    return "\n".join(["Groups:", *lines, "", *more])
 
 
 def _unknown_choice(overrides: list[str], known: dict[str, list[str]]) -> str | None:

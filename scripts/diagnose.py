@@ -185,11 +185,11 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
     from classification.assemble import assemble
     from classification.data import DATASETS as CLASSIFICATION
     from classification.experiment import Experiment as ClassificationExperiment
+    from classification.train import probe as probe_images
     from retrieval.assemble import restore
     from retrieval.data import DATASETS as RETRIEVAL
     from retrieval.experiment import Experiment as RetrievalExperiment
     from retrieval.train import probe
-    from training.record import PROBE, PROBED_AT_ONCE, subspaces_on
 
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if threads := (read_json(run / "run.json") or {}).get("threads"):
@@ -207,8 +207,7 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
     else:
         _, tokens, classifier = assemble(experiment)
         load(classifier, run / ADAPTER)
-        batches = ({"tokens": some} for some in tokens["validation"].tokens[:PROBE].split(PROBED_AT_ONCE))
-        on, captured = "validation images", subspaces_on(classifier, batches)
+        on, captured = "validation images", probe_images(classifier, tokens["validation"].tokens)
     return Measured(f"features ({on})", {layer: captured[layer] for layer in layers})
 
 

@@ -98,7 +98,7 @@ def of_peft(name: str, folder: Path, config: type[peft.LoraConfig] = peft.LoraCo
     return wrapped
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 

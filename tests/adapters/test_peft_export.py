@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from backbones import build, inputs
-from peft_models import BACKBONES, HEAD, IMAGES, IN_OURS, close, differs, outputs, shaken, stock
+from peft_models import BACKBONES, HEAD, IMAGES, IN_OURS, assert_close, differs, outputs, shaken, stock
 from torch import Tensor, nn
 
 from adapters import ADAPTERS, Linear, LoRA, export_peft, inject, load, load_peft, merge, save
@@ -30,18 +30,18 @@ def test_peft_runs_what_is_exported(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys")
         theirs = peft.PeftModel.from_pretrained(stock(name), tmp_path / "out").eval()
-    close(outputs(name, theirs), outputs(name, ours))
+    assert_close(outputs(name, theirs), outputs(name, ours))
 
     adapted = {n: m for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     branched = {n: m.roles for n, m in ours.named_modules() if hasattr(m, "roles")}
     assert {n.removeprefix("base_model.model."): m.r["default"] for n, m in adapted.items()} == {
         n: 3 * len(roles) for n, roles in branched.items()
     }
-    close(outputs(name, theirs.merge_and_unload()), outputs(name, ours))
+    assert_close(outputs(name, theirs.merge_and_unload()), outputs(name, ours))
     back = load_peft(stock(name), tmp_path / "out").eval()
-    close(outputs(name, back), outputs(name, ours))
+    assert_close(outputs(name, back), outputs(name, ours))
     assert back.injection.adapter.dropout == 0.1
-    close(outputs(name, merge(ours)), outputs(name, back))
+    assert_close(outputs(name, merge(ours)), outputs(name, back))
 
 
 @pytest.mark.parametrize("name", ["bert", "timm"])
@@ -51,7 +51,7 @@ def test_exported_ranks_by_layer(name: str, tmp_path: Path) -> None:
     ours = shaken(inject(stock(name), adapter))
     export_peft(ours, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(stock(name), tmp_path / "out").eval()
-    close(outputs(name, theirs), outputs(name, ours))
+    assert_close(outputs(name, theirs), outputs(name, ours))
     ranks = {m.r["default"] for m in theirs.modules() if hasattr(m, "r")}
     assert ranks == ({2, 3, 5} if name == "bert" else {8, 9, 5})
 
@@ -70,10 +70,10 @@ def test_some_layers_only(name: str, targets: str, tmp_path: Path) -> None:
     differs(name, ours)
     export_peft(ours, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(stock(name), tmp_path / "out").eval()
-    close(outputs(name, theirs), outputs(name, ours))
+    assert_close(outputs(name, theirs), outputs(name, ours))
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_peft(stock(name), tmp_path / "theirs").eval()
-    close(outputs(name, back), outputs(name, ours))
+    assert_close(outputs(name, back), outputs(name, ours))
     save(back, tmp_path / "back.safetensors")
     assert torch.equal(outputs(name, load(stock(name), tmp_path / "back.safetensors").eval()), outputs(name, back))
 
@@ -95,9 +95,9 @@ def test_a_head_with_running_statistics(tmp_path: Path) -> None:
     shaken(model)
     export_peft(model, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(first), tmp_path / "out").eval()
-    close(theirs(IMAGES), model(IMAGES))
+    assert_close(theirs(IMAGES), model(IMAGES))
     back = load_peft(first, tmp_path / "out").eval()
-    close(back(IMAGES), model(IMAGES))
+    assert_close(back(IMAGES), model(IMAGES))
     assert not torch.equal(back.top[1].running_mean, torch.zeros(4))
 
 
@@ -111,7 +111,7 @@ def test_every_low_rank_adapter_is_exported(name: str, method: str, tmp_path: Pa
     differs(name, ours)
     export_peft(ours, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(stock(name), tmp_path / "out").eval()
-    close(outputs(name, theirs), outputs(name, ours))
+    assert_close(outputs(name, theirs), outputs(name, ours))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -122,8 +122,8 @@ def test_open_clip_as_far_as_peft_can(own: bool, tmp_path: Path) -> None:
     shaken(inject(ours, LoRA(rank=2, targets=targets), train=("head",)))
     export_peft(ours, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "out").eval()
-    close(theirs(*x), ours(*x))
-    close(load_peft(build(name), tmp_path / "out").eval()(*x), ours(*x))
+    assert_close(theirs(*x), ours(*x))
+    assert_close(load_peft(build(name), tmp_path / "out").eval()(*x), ours(*x))
     for targets in (("q", "fc1"),) if own else (("v",), ("o", "fc1")):
         with pytest.raises(
             ValueError, match=rf"PEFT cannot express .*attn.*\.{targets[0]}.* save the adapter with save"

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_models import BACKBONES, HEAD, IDS, IN_OURS, IN_PEFT, D, close, differs, of_peft, outputs, stock
+from peft_models import BACKBONES, HEAD, IDS, IN_OURS, IN_PEFT, D, assert_close, differs, of_peft, outputs, stock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ def test_a_folder_of_peft_loads(name: str, tmp_path: Path) -> None:
     differs(name, theirs)
     ours = load_peft(stock(name), tmp_path)
     expected = outputs(name, theirs)
-    close(outputs(name, ours.eval()), expected)
+    assert_close(outputs(name, ours.eval()), expected)
     assert ours.injection.adapter == LoRA(rank=4, alpha=6.0, targets=IN_OURS[name], dropout=0.25)
     assert ours.injection.train == (HEAD[name],)
     trains = {n for n, p in ours.named_parameters() if p.requires_grad}
@@ -34,8 +34,8 @@ def test_a_folder_of_peft_loads(name: str, tmp_path: Path) -> None:
 
     save(ours, tmp_path / "ours.safetensors")
     assert torch.equal(outputs(name, load(stock(name), tmp_path / "ours.safetensors").eval()), outputs(name, ours))
-    close(outputs(name, merge(ours)), expected)
-    close(outputs(name, theirs.merge_and_unload()), outputs(name, ours))
+    assert_close(outputs(name, merge(ours)), expected)
+    assert_close(outputs(name, theirs.merge_and_unload()), outputs(name, ours))
 
 
 def test_plain_layers_go_through_unchanged(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_names_without_pefts_prefix(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     save_file(bare, tmp_path / "adapter_model.safetensors")
-    close(outputs("bert", load_peft(stock("bert"), tmp_path).eval()), outputs("bert", theirs))
+    assert_close(outputs("bert", load_peft(stock("bert"), tmp_path).eval()), outputs("bert", theirs))
 
 
 def test_a_fused_layer_becomes_q_k_and_v(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ PATTERNS = [
 def test_ranks_and_scales_by_layer(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = of_peft(name, tmp_path / "theirs", **settings)
     ours = load_peft(stock(name), tmp_path / "theirs").eval()
-    close(outputs(name, ours), outputs(name, theirs))
+    assert_close(outputs(name, ours), outputs(name, theirs))
     ranks = {n.removeprefix("base_model.model."): m.r["default"] for n, m in theirs.named_modules() if hasattr(m, "r")}
     assert len(set(ranks.values())) == 1 + len(settings.get("rank_pattern", ()))
     for layer, rank in ranks.items():
@@ -90,7 +90,7 @@ def test_ranks_and_scales_by_layer(name: str, settings: dict[str, Any], tmp_path
     save(ours, tmp_path / "ours.safetensors")
     assert torch.equal(outputs(name, load(stock(name), tmp_path / "ours.safetensors").eval()), outputs(name, ours))
     export_peft(ours, tmp_path / "back")
-    close(outputs(name, peft.PeftModel.from_pretrained(stock(name), tmp_path / "back")), outputs(name, theirs))
+    assert_close(outputs(name, peft.PeftModel.from_pretrained(stock(name), tmp_path / "back")), outputs(name, theirs))
 
 
 def test_rslora_is_an_alpha(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_rslora_is_an_alpha(tmp_path: Path) -> None:
 def test_however_peft_was_told_its_layers(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = of_peft("bert", tmp_path, **settings)
     ours = load_peft(stock("bert"), tmp_path).eval()
-    close(outputs("bert", ours), outputs("bert", theirs))
+    assert_close(outputs("bert", ours), outputs("bert", theirs))
     adapted = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert {n for n, m in ours.named_modules() if hasattr(m, "roles")} == adapted
 
@@ -155,7 +155,7 @@ def test_adalora_of_peft_loads(name: str, alpha: int, tmp_path: Path) -> None:
     ours = load_peft(stock(name), tmp_path / "theirs").eval()
     expected = outputs(name, theirs)
     differs(name, ours)
-    close(outputs(name, ours), expected)
+    assert_close(outputs(name, ours), expected)
     assert ours.injection.adapter == ADAPTERS["adalora"](
         rank=6, alpha=float(alpha or 6), targets=IN_OURS[name], target_rank=3, initial_warmup=1 / 6,
         final_tuning=2 / 6, interval=1, orthogonality=0.1,
@@ -163,9 +163,9 @@ def test_adalora_of_peft_loads(name: str, alpha: int, tmp_path: Path) -> None:
     save(ours, tmp_path / "ours.safetensors")
     assert torch.equal(outputs(name, load(stock(name), tmp_path / "ours.safetensors").eval()), outputs(name, ours))
     export_peft(ours, tmp_path / "back")
-    close(outputs(name, peft.PeftModel.from_pretrained(stock(name), tmp_path / "back").eval()), expected)
-    close(outputs(name, merge(ours)), expected)
-    close(outputs(name, theirs.merge_and_unload()), expected)
+    assert_close(outputs(name, peft.PeftModel.from_pretrained(stock(name), tmp_path / "back").eval()), expected)
+    assert_close(outputs(name, merge(ours)), expected)
+    assert_close(outputs(name, theirs.merge_and_unload()), expected)
 
 
 def test_adalora_without_its_schedule(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_adalora_without_its_schedule(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(less))
     with pytest.warns(UserWarning, match="without total_step, so that its schedule is not known"):
         ours = load_peft(stock("bert"), tmp_path).eval()
-    close(outputs("bert", ours), outputs("bert", theirs))
+    assert_close(outputs("bert", ours), outputs("bert", theirs))
     assert ours.injection.adapter.interval == 1 and ours.injection.adapter.target_rank == 3
 
 
@@ -193,7 +193,7 @@ def test_adalora_that_peft_pruned_for_good(tmp_path: Path) -> None:
     assert len(kept) == 6 and 0 < sum(map(sum, kept.values())) <= 6 * 3
 
     ours = load_peft(stock("bert"), tmp_path / "theirs").eval()
-    close(outputs("bert", ours), outputs("bert", theirs))
+    assert_close(outputs("bert", ours), outputs("bert", theirs))
     for name, mask in kept.items():
         (branch,) = ours.get_submodule(name.removesuffix(".lora_E")).branches.values()
         assert branch.alive.tolist() == mask and branch.E.shape[0] == 6

@@ -160,3 +160,15 @@ def test_only_pictures_can_be_shown(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "shown"),
+    [("NVIDIA A100", 2, "2 x NVIDIA A100"), ("cpu", 1, "CPU thread"), (None, None, "CPU thread")],
+)
+def test_the_device_is_named(run_folder: Path, device: str | None, processes: int | None, shown: str) -> None:
+    """Runs of before did not note it."""
+    path = run_folder / "run.json"
+    if device is not None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"device": device, "processes": processes}))
+    assert shown in write_report(run_folder).read_text(encoding="utf-8")
