@@ -50,7 +50,7 @@ def low_rank_linear(
         return out, tuple(activations)
     downs = [update.down.to(x.dtype) for update in updates]
     out, together = _LowRankLinear.apply(x, weight, bias, columns, *downs, *bases)
-    return out, together.split([len(basis) for basis in bases], dim=1)
+    return out, tuple(each.T for each in together.split([len(basis) for basis in bases]))
 
 
 def _add(out: Tensor, columns: list[tuple[int, int]], activations: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
@@ -60,7 +60,11 @@ def _add(out: Tensor, columns: list[tuple[int, int]], activations: Sequence[Tens
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x, weight, bias, down and then basis of each update -> output, activations (N, R) of all updates."""
+    """x, weight, bias, down and then basis of each update -> output, activations (R, N) of all updates.
+
+    Activations and their gradients lie one subspace after another: those of an update are one piece of memory, and the
+    products that read the large gradient are the faster ones.
+    """
 
     @staticmethod
     def forward(
@@ -68,10 +72,10 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.columns, ctx.ranks = columns, [len(down) for down in factors[: len(columns)]]
         ctx.set_materialize_grads(False)
-        activations = x @ _stacked(factors[: len(columns)]).T
+        activations = _stacked(factors[: len(columns)]) @ x.T
         ctx.save_for_backward(x, weight, activations, *factors)  # not the stacked copy: factors are parameters
-        bases = factors[len(columns) :]
-        return _add(F.linear(x, weight, bias), columns, activations.split(ctx.ranks, dim=1), bases), activations
+        each = [part.T for part in activations.split(ctx.ranks)]
+        return _add(F.linear(x, weight, bias), columns, each, factors[len(columns) :]), activations
 
     @staticmethod
     @once_differentiable
@@ -88,23 +92,26 @@ class _LowRankLinear(torch.autograd.Function):
             assert more is not None
             to_activations = more
         else:
-            to_each = []
-            for index, each in enumerate(activations.split(ctx.ranks, dim=1)):
-                start, stop = ctx.columns[index]
+            to_activations = torch.empty_like(activations)
+            pieces = zip(ctx.columns, activations.split(ctx.ranks), to_activations.split(ctx.ranks), strict=True)
+            for index, ((start, stop), each, to_each) in enumerate(pieces):
                 part = gradient[:, start:stop]  # read twice, while it is near
-                to_each.append(part @ bases[index].T)
-                to_bases[index] = each.T @ part if of_bases[index] else None
-            to_activations = torch.cat(to_each, dim=1)
+                torch.mm(bases[index], part.T, out=to_each)
+                to_bases[index] = each @ part if of_bases[index] else None
             if more is not None:
                 to_activations += more
             to_weight = gradient.T @ x if of_weight else None
             to_bias = gradient.sum(dim=0) if of_bias else None
         if of_x:
-            to_x = to_activations @ _stacked(downs)
-            if gradient is not None:
-                to_x.addmm_(gradient, weight)  # the large product adds to the small one, not the other way round
+            down = _stacked(downs)
+            if gradient is None:
+                to_x = to_activations.T @ down
+            elif x.dtype == torch.bfloat16:  # oneDNN's large product is slower when it adds, BLAS's is not
+                to_x = (gradient @ weight).addmm_(to_activations.T, down)
+            else:
+                to_x = (to_activations.T @ down).addmm_(gradient, weight)
         if any(of_downs):
-            to_downs = (to_activations.T @ x).split(ctx.ranks)
+            to_downs = (to_activations @ x).split(ctx.ranks)
         return to_x, to_weight, to_bias, None, *to_downs, *to_bases
 
 

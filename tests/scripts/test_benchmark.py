@@ -187,6 +187,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
     options = "--tiny --backbones vit --methods lora dtl --batch 1 --pairs 1 --peft-pairs 1 --few-pairs 1 --threads 1"
+    options += " --large-batch 2 --large-pairs 1"
     benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
     found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in found["rows"]}
@@ -203,6 +204,15 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     compared = {reference: len(ratios) for reference, ratios in rows["lora"]["against_peft"].items()}
     assert compared == {"PEFT's LoRA": 1, "PEFT's LoRA, rank 12": 1}
     assert rows["lora"]["counts"]["flops"] < rows["full"]["counts"]["flops"]
+    larger = {(row["method"], row["reference"]): row for row in found["large"]}
+    assert list(larger) == [
+        ("lora", "PEFT's LoRA"),
+        ("lora", "PEFT's LoRA, rank 12"),
+        ("lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2"),
+    ]
+    row = larger["lora", "PEFT's LoRA"]
+    assert len(row["float32"]) == 1 and "bfloat16" not in row
+    assert row["peak_bytes"][0] > rows["lora"]["counts"]["peak_bytes"]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
     assert "| lora on o, fc1, fc2: memory / PEFT's LoRA on o, fc1, fc2 | x 1 |" in page
 
