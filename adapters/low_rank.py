@@ -106,7 +106,7 @@ class _LowRankLinear(torch.autograd.Function):
             down = _stacked(downs)
             if gradient is None:
                 to_x = to_activations.T @ down
-            elif x.dtype == torch.bfloat16:  # oneDNN's large product is slower when it adds, BLAS's is not
+            elif x.dtype == torch.bfloat16:  # oneDNN's large product is slower when it adds
                 to_x = (gradient @ weight).addmm_(to_activations.T, down)
             else:
                 to_x = (to_activations.T @ down).addmm_(gradient, weight)

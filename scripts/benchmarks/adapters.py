@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -62,7 +62,7 @@ class Settings(Options):
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA")
     peft_pairs: int = option(120, "pairs of steps for LoRA against PEFT's")
-    large_batch: int = option(32, "images of a larger step of LoRA's and PEFT's; 0 for none")
+    large_batch: int = option(32, "images of a larger step of LoRA's and PEFT's")
     large_pairs: int = option(20, "pairs of these larger steps")
     few_pairs: int = option(5, "pairs of steps for the other rows")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
@@ -118,18 +118,18 @@ def configured(name: str, method: str) -> Adapter:
     return ADAPTERS[method](**OF_PAPER[name].get(method, {}))
 
 
-def step(name: str, method: str, settings: Settings, precision: torch.dtype = torch.float32, batch: int = 0) -> Step:
+def step(name: str, method: str, settings: Settings, precision: torch.dtype = torch.float32) -> Step:
     model = with_method(name, method, settings.tiny)
     torch.manual_seed(1)
-    inputs = batch_of(name, batch or settings.batch)
+    inputs = batch_of(name, settings.batch)
     return Step(model, inputs, torch.randint(CLASSES, (len(inputs[0]),)), precision)
 
 
-def account(name: str, method: str, settings: Settings, batch: int = 0) -> tuple[Counts, int, int]:
+def account(name: str, method: str, settings: Settings) -> tuple[Counts, int, int]:
     """Counts of one step, resident bytes at its peak, trained parameters without the head. In a fresh process."""
     torch.set_num_threads(settings.threads)
     libraries = resident_peak()
-    measured = step(name, method, settings, batch=batch)
+    measured = step(name, method, settings)
     measured.run()
     resident = resident_peak() - libraries
     head = 768 * CLASSES + CLASSES
@@ -176,8 +176,8 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
                     "against_peft_bfloat16": {each: times.get((f"{each} bfloat16", method), []) for each in theirs},
                 }
             )
-        if settings.large_batch:
-            results["large"] += [large(name, *pair, settings) for pair in pairs]
+        larger = replace(settings, batch=settings.large_batch)
+        results["large"] += [large(name, *pair, larger) for pair in pairs]
         results["merged"].append({"backbone": name, "time_ratios": merged_against_stock(name, settings)})
     return page(results), results
 
@@ -214,18 +214,17 @@ def timed(name: str, methods: list[str], settings: Settings) -> dict[tuple[str, 
 
 def large(name: str, ours: str, theirs: str, settings: Settings) -> dict[str, Any]:
     """LoRA against PEFT's with a larger batch, whose tensors are not in the cache any more."""
-    batch = settings.large_batch
-    ours_counts, theirs_counts = (in_fresh_process(account, name, row, settings, batch)[0] for row in (ours, theirs))
+    counts = [in_fresh_process(account, name, row, settings)[0] for row in (ours, theirs)]
     found: dict[str, Any] = {
         "backbone": name,
         "method": ours,
         "reference": theirs,
-        "peak_bytes": [ours_counts.peak_bytes, theirs_counts.peak_bytes],
+        "peak_bytes": [each.peak_bytes for each in counts],
     }
     slow = bfloat16_speed() < TOO_SLOW
     for precision in (torch.float32,) if slow else (torch.float32, torch.bfloat16):
         gc.collect()
-        one, other = (step(name, row, settings, precision, batch) for row in (ours, theirs))
+        one, other = (step(name, row, settings, precision) for row in (ours, theirs))
         with tqdm(total=settings.large_pairs + WARM_UP, desc=f"{name}: {ours}, large batch", unit="pair") as bar:
             ratios = paired_ratios(other.run, one.run, settings.large_pairs, warm_up=WARM_UP, progress=bar.update)
         found[str(precision).removeprefix("torch.")] = ratios

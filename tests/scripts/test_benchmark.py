@@ -215,6 +215,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     assert row["peak_bytes"][0] > rows["lora"]["counts"]["peak_bytes"]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
     assert "| lora on o, fc1, fc2: memory / PEFT's LoRA on o, fc1, fc2 | x 1 |" in page
+    assert "| lora: time / PEFT's LoRA, larger batch | x 0.98 |" in page
 
 
 def test_a_tiny_benchmark_of_the_text_side_writes_its_page(tmp_path: Path) -> None:
