@@ -173,6 +173,43 @@ def test_runs_under_autocast_and_deepcopy(vit: nn.Module) -> None:
     torch.testing.assert_close(half.float(), vit(x), atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_gradients_under_autocast_and_no_kept_copy_of_the_weight(dropout: float) -> None:
+    """Against float64 on numbers rounded to bfloat16. A dropout that drops nothing takes the other way through."""
+    torch.manual_seed(0)
+    layer = inject(nn.Sequential(nn.Linear(D, 48)), LoRA(rank=4, targets="0", dropout=dropout)).train()
+    fill(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.bfloat16())
+    a, b = factors(layer, "0", "whole")
+    x = torch.randn(20, D).bfloat16().float().requires_grad_()
+    gradient = torch.randn(20, 48).bfloat16()
+    kept: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.backward(gradient)
+    assert kept and not [t for t in kept if t.numel() >= D * 48 and t.dtype == torch.bfloat16]
+
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, a, b))
+    exact = x64 @ layer[0].weight.double().T + layer[0].bias.double() + x64 @ a64.T @ b64.T * 2  # alpha 8, rank 4
+    exact.backward(gradient.double())
+    branch = layer.get_submodule("0.branches.whole")
+    for ours, theirs in ((y, exact), (x.grad, x64.grad), (branch.A.grad, a64.grad), (branch.B.grad, b64.grad)):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < 0.01  # 2^-8, twice
+
+
+def test_another_dtype_without_autocast_is_refused(vit: nn.Module) -> None:
+    inject(vit, LoRA(rank=4))
+    with pytest.raises(TypeError, match="the input is torch.bfloat16, the weight torch.float32"):
+        vit.blocks[0].attn.qkv(torch.zeros(2, D, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
