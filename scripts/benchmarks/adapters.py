@@ -5,43 +5,31 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import peft
 import timm
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from adapters import ADAPTERS, Adapter, LoRA, inject, merge, trainable_parameters
+from adapters import ADAPTERS, LoRA, inject, merge, trainable_parameters
 from benchmarks.adapters_page import page
 from benchmarks.machine import described, in_fresh_process
-from benchmarks.measure import Counts, count, paired_ratios, resident_peak
+from benchmarks.measure import Counts, paired_ratios, resident_peak
 from benchmarks.options import Options, option
 from benchmarks.training_step import Step
 
 WARM_UP = 2
-# PEFT adapts timm's fused qkv with one pair of factors, ours with three, which at rank 8 are as many parameters as its
-# rank 12; on o, fc1 and fc2 both do the same.
-PEFT, PEFT_EQUAL = "PEFT's LoRA", "PEFT's LoRA, rank 12"
-SAME, PEFT_SAME = "lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2"
-# backbone -> row -> rank and modules
-PEFT_LORA: dict[str, dict[str, tuple[int, list[str]]]] = {
-    "vit": {PEFT: (8, ["qkv"]), PEFT_EQUAL: (12, ["qkv"]), PEFT_SAME: (8, ["attn.proj", "fc1", "fc2"])},
-    "bert": {PEFT: (8, ["query", "value"])},
-}
-# backbone -> our row -> the rows of PEFT's that it is compared with
-AGAINST_PEFT: dict[str, dict[str, tuple[str, ...]]] = {
-    "vit": {"lora": (PEFT, PEFT_EQUAL), SAME: (PEFT_SAME,)},
-    "bert": {"lora": (PEFT,)},
-}
+PEFT = "PEFT's LoRA"
 CLASSES = 100
 TOO_SLOW = 0.2  # of float32's speed: a processor without units for bfloat16 would take hours
-# Settings of the paper's Tables 1 and 2; what is not named has its defaults.
+# Backbones with a table of all methods: settings of the paper's Tables 1 and 2; what is not named has its defaults.
 OF_PAPER: dict[str, dict[str, Any]] = {
     "vit": {
         **{name: {"rank": 8, "targets": ("q", "k", "v")} for name in ("lora", "moslora", "adalora")},
@@ -53,18 +41,40 @@ OF_PAPER: dict[str, dict[str, Any]] = {
 SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others train parts of it
 
 
+class Pair(NamedTuple):
+    """Our LoRA and PEFT's, of rank 8, on the same layers of a backbone."""
+
+    backbone: str
+    targets: tuple[str, ...]
+    """Of ours."""
+    modules: tuple[str, ...]
+    """Of PEFT's."""
+
+
+PAIRS = (
+    Pair("vit", ("q", "k", "v"), ("qkv",)),
+    Pair("vit", ("o", "fc1", "fc2"), ("attn.proj", "fc1", "fc2")),
+    Pair("vit_transformers", ("q", "k", "v"), ("q_proj", "k_proj", "v_proj")),
+    Pair("bert", ("q", "v"), ("query", "value")),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(Options):
     """What is run."""
 
-    backbones: tuple[str, ...] = option(("vit", "bert"), "what is adapted", choices=("vit", "bert"))
+    backbones: tuple[str, ...] = option(
+        ("vit", "vit_transformers", "bert"),
+        "what is adapted",
+        choices=("vit", "vit_transformers", "bert"),
+    )
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
-    pairs: int = option(15, "pairs of steps for LoRA")
-    peft_pairs: int = option(120, "pairs of steps for LoRA against PEFT's")
-    large_batch: int = option(32, "images of a larger step of LoRA's and PEFT's")
-    large_pairs: int = option(20, "pairs of these larger steps")
+    pairs: int = option(15, "pairs of steps for LoRA against full fine-tuning")
     few_pairs: int = option(5, "pairs of steps for the other rows")
+    peft_pairs: int = option(60, "pairs of steps for LoRA against PEFT's, and of a merged model's forward passes")
+    large_batch: int = option(32, "images of a larger step of these two")
+    large_pairs: int = option(15, "pairs of these larger steps")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
     def __post_init__(self) -> None:
@@ -73,68 +83,72 @@ class Settings(Options):
             raise ValueError(f"unknown adapter {min(unknown)!r}; choose from {', '.join(ADAPTERS)}")
 
 
-class BertClassifier(nn.Module):
-    """BERT and a linear head on the first token."""
+class Classifier(nn.Module):
+    """An encoder of transformers and a linear head on the first token."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(config.hidden_size, CLASSES)
+        self.encoder = encoder
+        self.head = nn.Linear(768, CLASSES)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.head(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(*inputs).last_hidden_state[:, 0])
 
 
 def backbone(name: str, tiny: bool) -> nn.Module:
-    """ViT-B/16 at 224 px or BERT-base with random weights; `tiny` keeps two blocks."""
+    """ViT-B/16 at 224 px, of timm or transformers, or BERT-base, with random weights; `tiny` keeps two blocks."""
     torch.manual_seed(0)
     depth: dict[str, Any] = {"depth" if name == "vit" else "num_hidden_layers": 2} if tiny else {}
     if name == "vit":
         return timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **depth)
-    return BertClassifier(BertConfig(**depth))
+    if name == "vit_transformers":
+        return Classifier(ViTModel(ViTConfig(**depth), add_pooling_layer=False))
+    return Classifier(BertModel(BertConfig(**depth), add_pooling_layer=False))
 
 
 def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
     """`size` images, or four times as many sentences of 32 tokens."""
-    if name == "vit":
+    if name != "bert":
         return (torch.randn(size, 3, 224, 224),)
     return torch.randint(1000, 30000, (4 * size, 32)), torch.ones(4 * size, 32, dtype=torch.long)
 
 
 def with_method(name: str, method: str, tiny: bool) -> nn.Module:
-    """The backbone with an adapter, ours or PEFT's LoRA, and its head trained."""
-    model = backbone(name, tiny)
-    if method not in PEFT_LORA[name]:
-        return inject(model, configured(name, method), train=("head",))
-    rank, layers = PEFT_LORA[name][method]
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    """The backbone with an adapter or PEFT's LoRA, and its head trained."""
+    if method == PEFT:
+        return with_peft(next(pair for pair in PAIRS if pair.backbone == name), tiny)
+    return inject(backbone(name, tiny), ADAPTERS[method](**OF_PAPER[name].get(method, {})), train=("head",))
+
+
+def with_lora(pair: Pair, tiny: bool) -> nn.Module:
+    return inject(backbone(pair.backbone, tiny), LoRA(rank=8, targets=pair.targets), train=("head",))
+
+
+def with_peft(pair: Pair, tiny: bool) -> nn.Module:
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=list(pair.modules))
+    wrapped: Any = peft.get_peft_model(cast(Any, backbone(pair.backbone, tiny)), config)
     wrapped.base_model.model.head.requires_grad_(True)
     return wrapped
 
 
-def configured(name: str, method: str) -> Adapter:
-    if method == SAME:
-        return LoRA(rank=8, targets=("o", "fc1", "fc2"))
-    return ADAPTERS[method](**OF_PAPER[name].get(method, {}))
-
-
-def step(name: str, method: str, settings: Settings, precision: torch.dtype = torch.float32) -> Step:
-    model = with_method(name, method, settings.tiny)
+def step(model: nn.Module, name: str, batch: int, precision: torch.dtype = torch.float32) -> Step:
     torch.manual_seed(1)
-    inputs = batch_of(name, settings.batch)
+    inputs = batch_of(name, batch)
     return Step(model, inputs, torch.randint(CLASSES, (len(inputs[0]),)), precision)
+
+
+def trained_without_head(model: nn.Module) -> int:
+    return trainable_parameters(model) - (768 * CLASSES + CLASSES)
 
 
 def account(name: str, method: str, settings: Settings) -> tuple[Counts, int, int]:
     """Counts of one step, resident bytes at its peak, trained parameters without the head. In a fresh process."""
     torch.set_num_threads(settings.threads)
     libraries = resident_peak()
-    measured = step(name, method, settings)
+    measured = step(with_method(name, method, settings.tiny), name, settings.batch)
     measured.run()
     resident = resident_peak() - libraries
-    head = 768 * CLASSES + CLASSES
-    trained = trainable_parameters(measured.model) - head
-    return count(measured.loss, measured.update, measured.tensors()), resident, trained
+    return measured.count(), resident, trained_without_head(measured.model)
 
 
 def applicable(name: str, settings: Settings) -> list[str]:
@@ -151,95 +165,91 @@ def applicable(name: str, settings: Settings) -> list[str]:
 
 def run(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Measure -> the page and the raw numbers."""
-    results: dict[str, Any] = {"settings": described(settings), "rows": [], "large": [], "merged": []}
+    results: dict[str, Any] = {"settings": described(settings), "rows": [], "against_peft": [], "merged": []}
     results["bfloat16"] = bfloat16_speed()
-    for name in settings.backbones:
+    precisions = [torch.float32] if results["bfloat16"] < TOO_SLOW else [torch.float32, torch.bfloat16]
+    for name in (name for name in OF_PAPER if name in settings.backbones):
         methods = applicable(name, settings)
-        pairs = against_peft(name, methods)
-        rows = dict.fromkeys(["full", PEFT, *methods, *(row for pair in pairs for row in pair)])
         counts = {
             method: in_fresh_process(account, name, method, settings)
-            for method in tqdm(rows, desc=f"{name}: count", unit="method")
+            for method in tqdm(["full", PEFT, *methods], desc=f"{name}: count", unit="method")
         }
-        times = timed(name, methods, settings)
+        times = against_full(name, [PEFT, *methods], precisions, settings)
         for method, (exact, resident, trained) in counts.items():
-            theirs = [reference for ours, reference in pairs if ours == method]
             results["rows"].append(
                 {
                     "backbone": name,
                     "method": method,
                     "trained": trained,
                     "counts": asdict(exact) | {"resident_bytes": resident},
-                    "against_full": times.get(("full", method), []),
-                    "against_peft": {each: times[each, method] for each in theirs},
-                    "against_full_bfloat16": times.get(("full bfloat16", method), []),
-                    "against_peft_bfloat16": {each: times.get((f"{each} bfloat16", method), []) for each in theirs},
+                    "against_full": times.get((method, torch.float32), []),
+                    "against_full_bfloat16": times.get((method, torch.bfloat16), []),
                 }
             )
-        larger = replace(settings, batch=settings.large_batch)
-        results["large"] += [large(name, *pair, larger) for pair in pairs]
-        results["merged"].append({"backbone": name, "time_ratios": merged_against_stock(name, settings)})
+        results["merged"] += [merged_against_stock(name, precision, settings) for precision in precisions]
+    if not settings.methods or "lora" in settings.methods:
+        sizes = {settings.batch: settings.peft_pairs, settings.large_batch: settings.large_pairs}
+        plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
+        for pair, precision, (batch, steps) in product(plan, precisions, sizes.items()):
+            results["against_peft"].append(against_peft(pair, precision, batch, steps, settings.tiny))
     return page(results), results
 
 
-def against_peft(name: str, methods: list[str]) -> list[tuple[str, str]]:
-    """Our LoRA and PEFT's that it is compared with."""
-    rows = AGAINST_PEFT[name] if "lora" in methods else {}
-    return [(ours, theirs) for ours, references in rows.items() for theirs in references]
-
-
-def timed(name: str, methods: list[str], settings: Settings) -> dict[tuple[str, str], list[float]]:
-    """(reference, method) -> ratios of paired steps; LoRA also against PEFT's, and under bfloat16 autocast."""
-    plan: list[tuple[str, str, int, torch.dtype]] = [("full", PEFT, settings.few_pairs, torch.float32)]
-    for method in methods:
-        plan.append(("full", method, settings.pairs if method == "lora" else settings.few_pairs, torch.float32))
-    slow = bfloat16_speed() < TOO_SLOW
-    for ours, theirs in against_peft(name, methods):
-        plan.append((theirs, ours, settings.peft_pairs, torch.float32))
-        if not slow:
-            plan.append((theirs, ours, settings.pairs, torch.bfloat16))
-    if "lora" in methods and not slow:
-        plan.append(("full", "lora", settings.few_pairs, torch.bfloat16))
-    ratios: dict[tuple[str, str], list[float]] = {}
-    total = sum(pairs + WARM_UP for _, _, pairs, _ in plan)
-    with tqdm(total=total, desc=f"{name}: time", unit="pair") as bar:
-        for reference, method, pairs, precision in plan:
-            bar.set_postfix_str(f"{method} / {reference}")
+def against_full(
+    name: str, methods: list[str], precisions: list[torch.dtype], settings: Settings
+) -> dict[tuple[str, torch.dtype], list[float]]:
+    """Ratios of paired steps by method and precision; only LoRA is timed in bfloat16."""
+    plan = [(method, precision) for precision in precisions for method in methods
+            if method == "lora" or precision == torch.float32]  # fmt: skip
+    pairs = {method: settings.pairs if method == "lora" else settings.few_pairs for method in methods}
+    ratios = {}
+    with tqdm(total=sum(pairs[method] + WARM_UP for method, _ in plan), desc=f"{name}: time", unit="pair") as bar:
+        for method, precision in plan:
+            bar.set_postfix_str(method)
             gc.collect()
-            one, other = (step(name, which, settings, precision) for which in (method, reference))
-            key = reference if precision == torch.float32 else f"{reference} bfloat16"
-            ratios[key, method] = paired_ratios(other.run, one.run, pairs, warm_up=WARM_UP, progress=bar.update)
+            one, full = (
+                step(with_method(name, which, settings.tiny), name, settings.batch, precision)
+                for which in (method, "full")
+            )
+            ratios[method, precision] = paired_ratios(
+                full.run, one.run, pairs[method], warm_up=WARM_UP, progress=bar.update
+            )
     return ratios
 
 
-def large(name: str, ours: str, theirs: str, settings: Settings) -> dict[str, Any]:
-    """LoRA against PEFT's with a larger batch, whose tensors are not in the cache any more."""
-    counts = [in_fresh_process(account, name, row, settings)[0] for row in (ours, theirs)]
-    found: dict[str, Any] = {
-        "backbone": name,
-        "method": ours,
-        "reference": theirs,
-        "peak_bytes": [each.peak_bytes for each in counts],
+def against_peft(pair: Pair, precision: torch.dtype, batch: int, steps: int, tiny: bool) -> dict[str, Any]:
+    """Our LoRA and PEFT's: ratios of the time of paired steps, bytes at the peak and trained parameters of both."""
+    gc.collect()
+    models = with_lora(pair, tiny), with_peft(pair, tiny)
+    ours, theirs = (step(model, pair.backbone, batch, precision) for model in models)
+    described = f"{pair.backbone} {' '.join(pair.targets)}: {name_of(precision)}, batch {batch}"
+    with tqdm(total=steps + WARM_UP, desc=described, unit="pair") as bar:
+        ratios = paired_ratios(theirs.run, ours.run, steps, warm_up=WARM_UP, progress=bar.update)
+    return {
+        "backbone": pair.backbone,
+        "layers": pair.targets,
+        "precision": name_of(precision),
+        "batch": batch,
+        "time_ratios": ratios,
+        "peak_bytes": [each.count().peak_bytes for each in (ours, theirs)],
+        "trained": [trained_without_head(model) for model in models],
     }
-    slow = bfloat16_speed() < TOO_SLOW
-    for precision in (torch.float32,) if slow else (torch.float32, torch.bfloat16):
-        gc.collect()
-        one, other = (step(name, row, settings, precision) for row in (ours, theirs))
-        with tqdm(total=settings.large_pairs + WARM_UP, desc=f"{name}: {ours}, large batch", unit="pair") as bar:
-            ratios = paired_ratios(other.run, one.run, settings.large_pairs, warm_up=WARM_UP, progress=bar.update)
-        found[str(precision).removeprefix("torch.")] = ratios
-    return found
 
 
 @torch.no_grad()
-def merged_against_stock(name: str, settings: Settings) -> list[float]:
-    """Time of a merged model's forward pass over that of the stock model."""
+def merged_against_stock(name: str, precision: torch.dtype, settings: Settings) -> dict[str, Any]:
+    """Ratios of the time of a merged model's forward pass over that of the stock model."""
     stock = backbone(name, settings.tiny).eval()
-    targets = ("q", "k", "v") if name == "vit" else ("q", "v")
-    merged = merge(inject(copy.deepcopy(stock), LoRA(rank=8, targets=targets), train=("head",)))
+    merged = merge(inject(copy.deepcopy(stock), LoRA(rank=8), train=("head",)))
     inputs = batch_of(name, settings.batch)
     forward: list[Callable[[], object]] = [partial(model, *inputs) for model in (stock, merged)]
-    return paired_ratios(*forward, settings.pairs, warm_up=WARM_UP)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        ratios = paired_ratios(*forward, settings.peft_pairs, warm_up=WARM_UP)
+    return {"backbone": name, "precision": name_of(precision), "time_ratios": ratios}
+
+
+def name_of(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
 
 
 def bfloat16_speed() -> float:

@@ -82,6 +82,10 @@ class Step:
     def run(self, penalty: Penalty | None = None) -> None:
         self.update(self.loss(penalty))
 
+    def count(self, penalty: Penalty | None = None) -> Counts:
+        """Exact counts of one step."""
+        return count(lambda: self.loss(penalty), self.update, self.tensors())
+
     def tensors(self) -> Iterator[Tensor]:
         """What is alive between two steps."""
         yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, self.labels)
@@ -119,4 +123,4 @@ def account(row: tuple[str, str, int], model: str, image_size: int, threads: int
     step, measure = TrainingStep(adapter, batch, model, image_size), penalty(name)
     step.run(measure)
     resident = resident_peak() - libraries
-    return count(lambda: step.loss(measure), step.update, step.tensors()), resident
+    return step.count(measure), resident

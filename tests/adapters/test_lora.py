@@ -206,7 +206,7 @@ def test_gradients_under_autocast_and_no_kept_copy_of_the_weight(dropout: float)
 
 def test_another_dtype_without_autocast_is_refused(vit: nn.Module) -> None:
     inject(vit, LoRA(rank=4))
-    with pytest.raises(TypeError, match="the input is torch.bfloat16, the weight torch.float32"):
+    with pytest.raises(TypeError, match=r"the input is torch\.bfloat16, the weight torch\.float32"):
         vit.blocks[0].attn.qkv(torch.zeros(2, D, dtype=torch.bfloat16))
 
 

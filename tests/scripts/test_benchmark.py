@@ -186,36 +186,32 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     """In one process, which spares the imports; only resident memory, which is not looked at, needs fresh ones."""
     monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
-    options = "--tiny --backbones vit --methods lora dtl --batch 1 --pairs 1 --peft-pairs 1 --few-pairs 1 --threads 1"
-    options += " --large-batch 2 --large-pairs 1"
+    options = "--tiny --backbones vit vit_transformers --methods lora dtl --batch 1 --pairs 1 --few-pairs 1"
+    options += " --peft-pairs 1 --large-batch 2 --large-pairs 2 --threads 1"
     benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
     found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == [
-        "full", "PEFT's LoRA", "lora", "dtl", "PEFT's LoRA, rank 12",
-        "lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2",
-    ]  # fmt: skip
+    assert list(rows) == ["full", "PEFT's LoRA", "lora", "dtl"]
     blocks, width = 2, 768
-    assert rows["lora"]["trained"] == rows["PEFT's LoRA, rank 12"]["trained"] == blocks * 3 * 8 * 2 * width
+    assert rows["lora"]["trained"] == blocks * 3 * 8 * 2 * width
     assert rows["PEFT's LoRA"]["trained"] == blocks * 8 * (width + 3 * width)
-    same = blocks * 8 * (2 * width + 2 * 5 * width)
-    assert [rows[name]["trained"] for name in ("lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2")] == [same, same]
     assert len(rows["dtl"]["against_full"]) == 1
-    compared = {reference: len(ratios) for reference, ratios in rows["lora"]["against_peft"].items()}
-    assert compared == {"PEFT's LoRA": 1, "PEFT's LoRA, rank 12": 1}
     assert rows["lora"]["counts"]["flops"] < rows["full"]["counts"]["flops"]
-    larger = {(row["method"], row["reference"]): row for row in found["large"]}
-    assert list(larger) == [
-        ("lora", "PEFT's LoRA"),
-        ("lora", "PEFT's LoRA, rank 12"),
-        ("lora on o, fc1, fc2", "PEFT's LoRA on o, fc1, fc2"),
-    ]
-    row = larger["lora", "PEFT's LoRA"]
-    assert len(row["float32"]) == 1 and "bfloat16" not in row
-    assert row["peak_bytes"][0] > rows["lora"]["counts"]["peak_bytes"]
+
+    compared = {(row["backbone"], *row["layers"], row["batch"]): row for row in found["against_peft"]}
+    layers = [("vit", "q", "k", "v"), ("vit", "o", "fc1", "fc2"), ("vit_transformers", "q", "k", "v")]
+    assert list(compared) == [(*each, batch) for each in layers for batch in (1, 2)]
+    assert {row["precision"] for row in compared.values()} == {"float32"}
+    for (*_, batch), row in compared.items():
+        assert len(row["time_ratios"]) == batch and min(row["time_ratios"]) > 0
+    assert compared["vit", "q", "k", "v", 1]["trained"] == [rows["lora"]["trained"], rows["PEFT's LoRA"]["trained"]]
+    for same, number in ((layers[1], blocks * 8 * (2 * width + 2 * 5 * width)), (layers[2], rows["lora"]["trained"])):
+        assert compared[*same, 1]["trained"] == [number, number]
+        assert compared[*same, 2]["peak_bytes"][0] > compared[*same, 1]["peak_bytes"][0]
+        assert compared[*same, 2]["peak_bytes"][0] <= compared[*same, 2]["peak_bytes"][1]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
-    assert "| lora on o, fc1, fc2: memory / PEFT's LoRA on o, fc1, fc2 | x 1 |" in page
-    assert "| lora: time / PEFT's LoRA, larger batch | x 0.98 |" in page
+    assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 / 73,728 | x " in page
+    assert "were not timed" in page and "| ViT-B/16, 224 px | LoRA's step / full's, float32 | x 0.72 | x " in page
 
 
 def test_a_tiny_benchmark_of_the_text_side_writes_its_page(tmp_path: Path) -> None:
