@@ -238,9 +238,12 @@ def against_peft(pair: Pair, precision: torch.dtype, batch: int, steps: int, tin
 
 @torch.no_grad()
 def merged_against_stock(name: str, precision: torch.dtype, settings: Settings) -> dict[str, Any]:
-    """Ratios of the time of a merged model's forward pass over that of the stock model."""
-    stock = backbone(name, settings.tiny).eval()
-    merged = merge(inject(copy.deepcopy(stock), LoRA(rank=8), train=("head",)))
+    """Ratios of the time of a merged model's forward pass over that of the stock model.
+
+    Both frozen: within its context autocast keeps the copies of weights that train, but of no others.
+    """
+    stock = backbone(name, settings.tiny).eval().requires_grad_(False)
+    merged = merge(inject(copy.deepcopy(stock), LoRA(rank=8))).requires_grad_(False)
     inputs = batch_of(name, settings.batch)
     forward: list[Callable[[], object]] = [partial(model, *inputs) for model in (stock, merged)]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):

@@ -20,8 +20,8 @@ images, BERT-base with four times as many sentences. Everything below is generat
 
     {command}
 
-on {date}: {processor}, {threads} threads, torch {torch}. {bfloat16}
-The raw numbers are in adapters.json.
+on {date}: {processor}, {threads} threads, torch {torch}. The raw numbers are in
+adapters.json. {bfloat16}
 
 - Time: the median over pairs of neighbouring steps, with its 95 % bootstrap interval. It is decided when the whole
   interval lies on one side of a target.
@@ -79,7 +79,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _bfloat16(results: Mapping[str, Any]) -> str:
-    said = f"bfloat16 products of ViT-B's size are {results['bfloat16']:.1f} times as fast as float32's"
+    said = f"In bfloat16 a product of ViT-B's size is {results['bfloat16']:.1f} times as fast as in float32"
     timed = any(row["precision"] == "bfloat16" for row in results["merged"])
     return said + ("." if timed else ": steps under bfloat16 autocast were not timed.")
 
