@@ -36,7 +36,8 @@ adapters.json. {bfloat16}
 {targets}
 
 FLOPs put a floor of x 0.68 (ViT) and x 0.67 (BERT) under LoRA's step. A merged model consists of the stock model's
-modules; its forward pass is compared over {peft_pairs} pairs. Equal times scatter around x 1.00, so that x 1.02 is asked for.
+modules; its forward pass is compared over {peft_pairs} pairs. Equal times scatter around x 1.00,
+so x 1.02 is asked for.
 """
 METHODS = """## {backbone}
 
