@@ -27,6 +27,7 @@ from benchmarks.training_step import Step
 
 WARM_UP = 2
 PEFT = "PEFT's LoRA"
+BACKBONES = ("vit", "vit_transformers", "bert")
 CLASSES = 100
 TOO_SLOW = 0.2  # of float32's speed: a processor without units for bfloat16 would take hours
 # Backbones with a table of all methods: settings of the paper's Tables 1 and 2; what is not named has its defaults.
@@ -63,11 +64,7 @@ PAIRS = (
 class Settings(Options):
     """What is run."""
 
-    backbones: tuple[str, ...] = option(
-        ("vit", "vit_transformers", "bert"),
-        "what is adapted",
-        choices=("vit", "vit_transformers", "bert"),
-    )
+    backbones: tuple[str, ...] = option(BACKBONES, "what is adapted", choices=BACKBONES)
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA against full fine-tuning")
@@ -114,7 +111,7 @@ def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
 
 
 def with_method(name: str, method: str, tiny: bool) -> nn.Module:
-    """The backbone with an adapter or PEFT's LoRA, and its head trained."""
+    """The backbone with an adapter or PEFT's LoRA (of its first pair), and its head trained."""
     if method == PEFT:
         return with_peft(next(pair for pair in PAIRS if pair.backbone == name), tiny)
     return inject(backbone(name, tiny), ADAPTERS[method](**OF_PAPER[name].get(method, {})), train=("head",))

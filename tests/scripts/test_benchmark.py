@@ -203,7 +203,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     assert list(compared) == [(*each, batch) for each in layers for batch in (1, 2)]
     assert {row["precision"] for row in compared.values()} == {"float32"}
     for (*_, batch), row in compared.items():
-        assert len(row["time_ratios"]) == batch and min(row["time_ratios"]) > 0
+        assert len(row["time_ratios"]) == batch  # --peft-pairs and --large-pairs
     assert compared["vit", "q", "k", "v", 1]["trained"] == [rows["lora"]["trained"], rows["PEFT's LoRA"]["trained"]]
     for same, number in ((layers[1], blocks * 8 * (2 * width + 2 * 5 * width)), (layers[2], rows["lora"]["trained"])):
         assert compared[*same, 1]["trained"] == [number, number]
