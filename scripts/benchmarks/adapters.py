@@ -69,9 +69,11 @@ class Settings(Options):
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA against full fine-tuning")
     few_pairs: int = option(5, "pairs of steps for the other rows")
-    peft_pairs: int = option(60, "pairs of steps for LoRA against PEFT's, and of a merged model's forward passes")
-    large_batch: int = option(32, "images of a larger step of these two")
-    large_pairs: int = option(15, "pairs of these larger steps")
+    paper_batch: int = option(32, "images in a step for LoRA against PEFT's: the paper's batch")
+    paper_pairs: int = option(7, "pairs of these steps in float32")
+    small_pairs: int = option(12, "pairs of the same with the small batch")
+    bfloat16_pairs: int = option(4, "times as many pairs of these two in bfloat16, whose steps are shorter")
+    merged_pairs: int = option(60, "pairs of a merged model's forward passes")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
     def __post_init__(self) -> None:
@@ -126,6 +128,16 @@ def with_peft(pair: Pair, tiny: bool) -> nn.Module:
     wrapped: Any = peft.get_peft_model(cast(Any, backbone(pair.backbone, tiny)), config)
     wrapped.base_model.model.head.requires_grad_(True)
     return wrapped
+
+
+def without_lora(pair: Pair, tiny: bool) -> nn.Module:
+    """The frozen backbone and its head, with the gradient through all that it passes through where LoRA is."""
+    model = backbone(pair.backbone, tiny).requires_grad_(False)
+    model.get_submodule("head").requires_grad_(True)
+    for suffix in pair.modules:
+        first = next(module for name, module in model.named_modules() if name.endswith(suffix))
+        first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return model
 
 
 def step(model: nn.Module, name: str, batch: int, precision: torch.dtype = torch.float32) -> Step:
@@ -185,10 +197,9 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
             )
         results["merged"] += [merged_against_stock(name, precision, settings) for precision in precisions]
     if not settings.methods or "lora" in settings.methods:
-        sizes = {settings.batch: settings.peft_pairs, settings.large_batch: settings.large_pairs}
         plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
-        for pair, precision, (batch, steps) in product(plan, precisions, sizes.items()):
-            results["against_peft"].append(against_peft(pair, precision, batch, steps, settings.tiny))
+        for pair, precision, small in product(plan, precisions, (False, True)):
+            results["against_peft"].append(against_peft(pair, precision, small, settings))
     return page(results), results
 
 
@@ -214,22 +225,34 @@ def against_full(
     return ratios
 
 
-def against_peft(pair: Pair, precision: torch.dtype, batch: int, steps: int, tiny: bool) -> dict[str, Any]:
-    """Our LoRA and PEFT's: ratios of the time of paired steps, bytes at the peak and trained parameters of both."""
+def against_peft(pair: Pair, precision: torch.dtype, small: bool, settings: Settings) -> dict[str, Any]:
+    """Our LoRA over PEFT's at the paper's batch: ratios of the time of paired steps, bytes, trained parameters of both.
+
+    At the small batch also a step without LoRA over PEFT's: what could be saved at most.
+    """
     gc.collect()
-    models = with_lora(pair, tiny), with_peft(pair, tiny)
-    ours, theirs = (step(model, pair.backbone, batch, precision) for model in models)
+    batch = settings.batch if small else settings.paper_batch
+    pairs = settings.small_pairs if small else settings.paper_pairs
+    if precision == torch.bfloat16:
+        pairs *= settings.bfloat16_pairs
+    models = [make(pair, settings.tiny) for make in (with_lora, with_peft, *[without_lora] * small)]
+    ours, theirs, *without = (step(model, pair.backbone, batch, precision) for model in models)
     described = f"{pair.backbone} {' '.join(pair.targets)}: {name_of(precision)}, batch {batch}"
-    with tqdm(total=steps + WARM_UP, desc=described, unit="pair") as bar:
-        ratios = paired_ratios(theirs.run, ours.run, steps, warm_up=WARM_UP, progress=bar.update)
+    with tqdm(total=(pairs + WARM_UP) * (1 + small), desc=described, unit="pair") as bar:
+        ratios, *bound = (
+            paired_ratios(theirs.run, each.run, pairs, warm_up=WARM_UP, progress=bar.update)
+            for each in (ours, *without)
+        )
     return {
         "backbone": pair.backbone,
         "layers": pair.targets,
         "precision": name_of(precision),
         "batch": batch,
+        "small": small,
         "time_ratios": ratios,
+        "without_lora": bound[0] if bound else [],
         "peak_bytes": [each.count().peak_bytes for each in (ours, theirs)],
-        "trained": [trained_without_head(model) for model in models],
+        "trained": [trained_without_head(model) for model in models[:2]],
     }
 
 
@@ -244,7 +267,7 @@ def merged_against_stock(name: str, precision: torch.dtype, settings: Settings) 
     inputs = batch_of(name, settings.batch)
     forward: list[Callable[[], object]] = [partial(model, *inputs) for model in (stock, merged)]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-        ratios = paired_ratios(*forward, settings.peft_pairs, warm_up=WARM_UP)
+        ratios = paired_ratios(*forward, settings.merged_pairs, warm_up=WARM_UP)
     return {"backbone": name, "precision": name_of(precision), "time_ratios": ratios}
 
 

@@ -187,7 +187,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
     options = "--tiny --backbones vit vit_transformers --methods lora dtl --batch 1 --pairs 1 --few-pairs 1"
-    options += " --peft-pairs 1 --large-batch 2 --large-pairs 2 --threads 1"
+    options += " --paper-batch 2 --paper-pairs 2 --small-pairs 1 --merged-pairs 1 --threads 1"
     benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
     found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in found["rows"]}
@@ -200,18 +200,39 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
 
     compared = {(row["backbone"], *row["layers"], row["batch"]): row for row in found["against_peft"]}
     layers = [("vit", "q", "k", "v"), ("vit", "o", "fc1", "fc2"), ("vit_transformers", "q", "k", "v")]
-    assert list(compared) == [(*each, batch) for each in layers for batch in (1, 2)]
+    assert list(compared) == [(*each, batch) for each in layers for batch in (2, 1)]
     assert {row["precision"] for row in compared.values()} == {"float32"}
     for (*_, batch), row in compared.items():
-        assert len(row["time_ratios"]) == batch  # --peft-pairs and --large-pairs
+        assert len(row["time_ratios"]) == batch  # --paper-pairs and --small-pairs
+        assert len(row["without_lora"]) == (batch == 1)
     assert compared["vit", "q", "k", "v", 1]["trained"] == [rows["lora"]["trained"], rows["PEFT's LoRA"]["trained"]]
     for same, number in ((layers[1], blocks * 8 * (2 * width + 2 * 5 * width)), (layers[2], rows["lora"]["trained"])):
         assert compared[*same, 1]["trained"] == [number, number]
         assert compared[*same, 2]["peak_bytes"][0] > compared[*same, 1]["peak_bytes"][0]
         assert compared[*same, 2]["peak_bytes"][0] <= compared[*same, 2]["peak_bytes"][1]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
-    assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 / 73,728 | x " in page
+    assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 | x " in page
+    assert "| ViT-B/16, 224 px: q, k, v | 1 images, float32 | 73,728 / 49,152 | x " in page
     assert "were not timed" in page and "| ViT-B/16, 224 px | LoRA's step / full's, float32 | x 0.72 | x " in page
+
+
+@pytest.mark.parametrize("pair", adapters_subject.PAIRS, ids=lambda pair: f"{pair.backbone} {'-'.join(pair.targets)}")
+def test_a_step_without_lora_differs_by_the_products_of_lora_alone(pair: adapters_subject.Pair) -> None:
+    """In exact FLOPs, so the gradient passes through the same frozen maps."""
+    with_it, without = (
+        adapters_subject.step(make(pair, tiny=True), pair.backbone, batch=1).count().flops
+        for make in (adapters_subject.with_lora, adapters_subject.without_lora)
+    )
+    tokens, rank = (4 * 32 if pair.backbone == "bert" else 197), 8
+    d_in = {"fc2": 3072}
+    d_out = {"fc1": 3072}
+    expected = 0
+    for block in range(2):
+        for target in pair.targets:
+            first = block == 0 and target not in ("fc1", "fc2")  # its input needs no gradient
+            down, up = (2 * tokens * rank * width.get(target, 768) for width in (d_in, d_out))
+            expected += (2 if first else 3) * down + 3 * up
+    assert with_it - without == expected
 
 
 def test_a_tiny_benchmark_of_the_text_side_writes_its_page(tmp_path: Path) -> None:
