@@ -47,8 +47,8 @@ others.
 """
 AGAINST_PEFT = """## LoRA against PEFT's
 
-Rank 8 on the same layers; ours over PEFT's, at the batch that the paper trains with, {paper_batch} images, and with four
-times as many sentences. {paper_pairs} pairs in float32, {bfloat16_pairs} times as many in bfloat16.
+Rank 8 on the same layers; ours over PEFT's, at the batch that the paper trains with, {paper_batch} images, and with
+four times as many sentences. {paper_pairs} pairs in float32, {bfloat16_pairs} times as many in bfloat16.
 
 To reach: x {of_peft} in time, and no more memory where both train the same. Where q, k and v are rows of one layer
 (timm), they do not: PEFT has one pair of factors for all three, ours has one for each, as in the paper.
