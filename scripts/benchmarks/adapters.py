@@ -72,7 +72,7 @@ class Settings(Options):
     paper_batch: int = option(32, "images in a step for LoRA against PEFT's: the paper's batch")
     paper_pairs: int = option(7, "pairs of these steps in float32")
     small_pairs: int = option(12, "pairs of the same with the small batch")
-    bfloat16_pairs: int = option(4, "times as many pairs of these two in bfloat16, whose steps are shorter")
+    bfloat16_factor: int = option(4, "times as many pairs of these two in bfloat16, whose steps are shorter")
     merged_pairs: int = option(60, "pairs of a merged model's forward passes")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
@@ -198,8 +198,8 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
         results["merged"] += [merged_against_stock(name, precision, settings) for precision in precisions]
     if not settings.methods or "lora" in settings.methods:
         plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
-        for pair, precision, small in product(plan, precisions, (False, True)):
-            results["against_peft"].append(against_peft(pair, precision, small, settings))
+        for pair, precision, batch in product(plan, precisions, (settings.paper_batch, settings.batch)):
+            results["against_peft"].append(against_peft(pair, precision, batch, settings))
     return page(results), results
 
 
@@ -225,34 +225,34 @@ def against_full(
     return ratios
 
 
-def against_peft(pair: Pair, precision: torch.dtype, small: bool, settings: Settings) -> dict[str, Any]:
-    """Our LoRA over PEFT's at the paper's batch: ratios of the time of paired steps, bytes, trained parameters of both.
+def against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: Settings) -> dict[str, Any]:
+    """Our LoRA over PEFT's: ratios of the time of paired steps, bytes at the peak and trained parameters of both.
 
-    At the small batch also a step without LoRA over PEFT's: what could be saved at most.
+    With the small batch also a step without LoRA over PEFT's: what could be saved at most.
     """
     gc.collect()
-    batch = settings.batch if small else settings.paper_batch
+    small = batch == settings.batch
     pairs = settings.small_pairs if small else settings.paper_pairs
     if precision == torch.bfloat16:
-        pairs *= settings.bfloat16_pairs
-    models = [make(pair, settings.tiny) for make in (with_lora, with_peft, *[without_lora] * small)]
-    ours, theirs, *without = (step(model, pair.backbone, batch, precision) for model in models)
+        pairs *= settings.bfloat16_factor
+    models = with_lora(pair, settings.tiny), with_peft(pair, settings.tiny)
+    ours, theirs = (step(model, pair.backbone, batch, precision) for model in models)
+    without: list[float] = []
     described = f"{pair.backbone} {' '.join(pair.targets)}: {name_of(precision)}, batch {batch}"
     with tqdm(total=(pairs + WARM_UP) * (1 + small), desc=described, unit="pair") as bar:
-        ratios, *bound = (
-            paired_ratios(theirs.run, each.run, pairs, warm_up=WARM_UP, progress=bar.update)
-            for each in (ours, *without)
-        )
+        measure = partial(paired_ratios, theirs.run, pairs=pairs, warm_up=WARM_UP, progress=bar.update)
+        ratios = measure(ours.run)
+        if small:
+            without = measure(step(without_lora(pair, settings.tiny), pair.backbone, batch, precision).run)
     return {
         "backbone": pair.backbone,
         "layers": pair.targets,
         "precision": name_of(precision),
         "batch": batch,
-        "small": small,
         "time_ratios": ratios,
-        "without_lora": bound[0] if bound else [],
+        "without_lora": without,
         "peak_bytes": [each.count().peak_bytes for each in (ours, theirs)],
-        "trained": [trained_without_head(model) for model in models[:2]],
+        "trained": [trained_without_head(model) for model in models],
     }
 
 

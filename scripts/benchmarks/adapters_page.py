@@ -47,19 +47,17 @@ others.
 """
 AGAINST_PEFT = """## LoRA against PEFT's
 
-Rank 8 on the same layers; ours over PEFT's, at the batch that the paper trains with, {paper_batch} images, and with
-four times as many sentences. {paper_pairs} pairs in float32, {bfloat16_pairs} times as many in bfloat16.
+Rank 8 on the same layers; ours over PEFT's, at the batch that the paper trains with, {paper_batch} images,
+and at {batch}, with four times as many sentences. {paper_pairs} and {small_pairs} pairs in float32,
+{bfloat16_factor} times as many in bfloat16. Where q, k and v are rows of one layer (timm), PEFT has one pair of
+factors for all three and ours has one for each, as in the paper: more parameters, which with their optimiser
+state are the difference in memory in float32.
 
-To reach: x {of_peft} in time, and no more memory where both train the same. Where q, k and v are rows of one layer
-(timm), they do not: PEFT has one pair of factors for all three, ours has one for each, as in the paper.
+"Without LoRA" is a step of the frozen layers and the head alone, over PEFT's: what could be saved at most.
+
+To reach: x {of_peft} in time, x 1 in memory.
 
 {table}
-
-With {batch} images or four times as many sentences, {small_pairs} pairs: LoRA saves passes over tensors of the size of
-a layer's output, which cost little while these stay in the processor's cache. "Without LoRA" is a step of the frozen
-layers and the head alone, over PEFT's: what could be saved at most.
-
-{small}
 """
 
 
@@ -72,10 +70,7 @@ def page(results: Mapping[str, Any]) -> str:
     ]
     peft = ""
     if results["against_peft"]:
-        table, small = (
-            _against_peft([row for row in results["against_peft"] if row["small"] is which]) for which in (False, True)
-        )
-        peft = AGAINST_PEFT.format(table=table, small=small, of_peft=OF_PEFT, **settings)
+        peft = AGAINST_PEFT.format(table=_against_peft(results["against_peft"]), of_peft=OF_PEFT, **settings)
     return PAGE.format(
         **settings,
         tables="\n".join(tables),
@@ -111,29 +106,23 @@ def _methods(rows: list[Mapping[str, Any]], backbone: str) -> str:
 
 
 def _against_peft(rows: list[Mapping[str, Any]]) -> str:
-    small = rows[0]["small"]
     lines = []
     for row in rows:
         batch = f"{4 * row['batch']} sentences" if row["backbone"] == "bert" else f"{row['batch']} images"
         ours, theirs = row["peak_bytes"]
-        trained, of_peft = row["trained"]
-        line = [
-            f"{NAMES[row['backbone']]}: {', '.join(row['layers'])}",
-            f"{batch}, {row['precision']}",
-            f"{trained:,}" if trained == of_peft else f"{trained:,} / {of_peft:,}",
-            time_ratio(row["time_ratios"]),
-            f"{ours / 1e6:,.0f} MB, x {ours / theirs:.4f}",
-        ]
-        if small:
-            line += [time_ratio(row["without_lora"])]
-        else:
-            line.insert(4, verdict(row["time_ratios"], OF_PEFT))
-            line += ["-" if trained != of_peft else "yes" if ours <= theirs else "no"]
-        lines.append(line)
-    heads = ["Layers", "Step", "Parameters", "Time", "Memory", "Without LoRA"]
-    if not small:
-        heads = [*heads[:4], "Reached", "Memory", "Reached"]
-    return markdown(heads, lines)
+        lines.append(
+            [
+                f"{NAMES[row['backbone']]}: {', '.join(row['layers'])}",
+                f"{batch}, {row['precision']}",
+                " / ".join(f"{number:,}" for number in row["trained"]),
+                time_ratio(row["time_ratios"]),
+                verdict(row["time_ratios"], OF_PEFT),
+                time_ratio(row["without_lora"]),
+                f"{ours / 1e6:,.0f} MB, x {ours / theirs:.4f}",
+                "yes" if ours <= theirs else "no",
+            ]
+        )
+    return markdown(["Layers", "Step", "Parameters", "Time", "Reached", "Without LoRA", "Memory", "Reached"], lines)
 
 
 def _targets(rows: list[Mapping[str, Any]], merged: list[Mapping[str, Any]]) -> str:

@@ -211,7 +211,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
         assert compared[*same, 2]["peak_bytes"][0] > compared[*same, 1]["peak_bytes"][0]
         assert compared[*same, 2]["peak_bytes"][0] <= compared[*same, 2]["peak_bytes"][1]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
-    assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 | x " in page
+    assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 / 73,728 | x " in page
     assert "| ViT-B/16, 224 px: q, k, v | 1 images, float32 | 73,728 / 49,152 | x " in page
     assert "were not timed" in page and "| ViT-B/16, 224 px | LoRA's step / full's, float32 | x 0.72 | x " in page
 
