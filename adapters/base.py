@@ -122,17 +122,19 @@ class Branched(Extension):
     def project(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out): the linear map and its branches."""
         weight, bias = self.linear_map()
-        flat = x.reshape(-1, weight.shape[1])
         branches = [cast(Branch, branch) for branch in self.branches.values()]
         updates = [
             Update(*branch.factors(), *self.slices[role]) for role, branch in zip(self.branches, branches, strict=True)
         ]
-        given: list[Tensor] = []
+        activations: list[Tensor] = []
         # A penalty whose gradient comes later (`replays`) has to find the activations among what autograd sees.
         if hasattr(self.record, "replays") or any(branch.drops for branch in branches):
-            given = [branch.subspaces(flat)[0] for branch in branches]
-        out, activations = low_rank_linear(flat, weight, bias, updates, given)
+            flat = x.reshape(-1, weight.shape[1])
+            activations = [branch.subspaces(flat)[0] for branch in branches]
+        out, together = low_rank_linear(x, weight, bias, updates, activations)
         if self.record is not None:
+            if together is not None:
+                activations = [each.T for each in together.split([len(update.down) for update in updates])]
             for role, each, update in zip(self.branches, activations, updates, strict=True):
                 self.record(role, each, update.basis, x.shape[:-1])
         return out.view(*x.shape[:-1], weight.shape[0])

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adapters.shared_cast import shared_cast
+
 
 class Update(NamedTuple):
     """x down^T basis, on the output's columns start to stop."""
@@ -24,39 +26,41 @@ class Update(NamedTuple):
 
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update], activations: Sequence[Tensor] = ()
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """x (N, d_in) -> x weight^T + bias (N, d_out) with the updates on it, and the activations of each update, (N, r).
+) -> tuple[Tensor, Tensor | None]:
+    """x (..., d_in) -> x weight^T + bias (N, d_out) with the updates on it, and the activations of all, (R, N).
 
     One product gives the activations of all updates, and the products with their bases are accumulated into the output
     by the matrix product itself. In the backward pass slices of the output's gradient are read where they are (autograd
     would copy the whole gradient once for each update of a slice), and the gradient of x is accumulated likewise. Under
     autocast the weight is cast for each product, in the backward pass anew: kept copies would be 6 % of the memory of
-    a step of ViT-B with 4 images and q, k and v adapted.
+    a step of ViT-B with 4 images and q, k and v adapted; x is cast once for all layers that read it.
 
     Args:
-        x: inputs.
+        x: inputs; N of them.
         weight, bias: of the map, (d_out, d_in) and (d_out,).
         updates: or none.
-        activations: those of each update, where they are not x down^T (with dropout, say); they are returned.
+        activations: those of each update, (N, r), where they are not x down^T (with dropout, say); then none are
+            returned.
 
     Raises:
         TypeError: without autocast, if x and weight differ in dtype.
     """
     if not updates:
-        return F.linear(x, weight, bias), ()
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias), None
     if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight.dtype:
+        x = shared_cast(x, torch.get_autocast_dtype(x.device.type))
+    elif x.dtype == weight.dtype:
+        x = x.reshape(-1, x.shape[-1])
+    else:
         raise TypeError(f"the input is {x.dtype}, the weight {weight.dtype}: expected the same, or autocast")
     bases = [update.basis.to(x.dtype) for update in updates]
     columns = [(update.start, update.stop) for update in updates]
     if activations:
         given = [each.to(x.dtype) for each in activations]
         out: Tensor = _Accumulated.apply(x, weight, bias, columns, *given, *bases)
-        return out, tuple(activations)
+        return out, None
     downs = [update.down.to(x.dtype) for update in updates]
-    out, together = _LowRankLinear.apply(x, weight, bias, columns, *downs, *bases)
-    return out, tuple(each.T for each in together.split([len(basis) for basis in bases]))
+    return _LowRankLinear.apply(x, weight, bias, columns, *downs, *bases)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +70,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _add(out: Tensor, columns: list[tuple[int, int]], activations: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
     for (start, stop), each, basis in zip(columns, activations, bases, strict=True):
-        out[:, start:stop].addmm_(each, basis)
+        out[:, start:stop].addmm_(each.contiguous(), basis)
     return out
 
 
@@ -107,7 +111,7 @@ class _LowRankLinear(torch.autograd.Function):
             pieces = zip(ctx.columns, activations.split(ctx.ranks), to_activations.split(ctx.ranks), strict=True)
             for index, ((start, stop), each, to_each) in enumerate(pieces):
                 part = gradient[:, start:stop]  # read twice, while it is near
-                torch.mm(bases[index], part.T, out=to_each)
+                torch.mm(bases[index].contiguous(), part.T, out=to_each)
                 to_bases[index] = each @ part if of_bases[index] else None
             if more is not None:
                 to_activations += more
@@ -118,7 +122,7 @@ class _LowRankLinear(torch.autograd.Function):
             if gradient is None:
                 to_x = to_activations.T @ down
             else:
-                to_x = (gradient @ weight.to(x.dtype)).addmm_(to_activations.T, down)
+                to_x = (gradient @ weight.to(x.dtype)).addmm_(to_activations.T.contiguous(), down)
         if any(of_downs):
             to_downs = (to_activations @ x).split(ctx.ranks)
         return to_x, to_weight, to_bias, None, *to_downs, *to_bases
