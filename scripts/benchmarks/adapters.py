@@ -4,66 +4,49 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from time import perf_counter
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import peft
-import timm
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from adapters import ADAPTERS, LoRA, inject, merge, trainable_parameters
+from adapters import ADAPTERS, LoRA, inject, merge
+from benchmarks.adapted_models import (
+    BACKBONES,
+    OF_PAPER,
+    PAIRS,
+    PEFT,
+    Pair,
+    backbone,
+    batch_of,
+    step,
+    trained_without_head,
+    with_lora,
+    with_method,
+    with_peft,
+    without_lora,
+)
 from benchmarks.adapters_page import page
 from benchmarks.machine import described, in_fresh_process
 from benchmarks.measure import Counts, paired_ratios, resident_peak
 from benchmarks.options import Options, option
-from benchmarks.training_step import Step
 
+PARTS = ("methods", "peft", "merged")
 WARM_UP = 2
-PEFT = "PEFT's LoRA"
-BACKBONES = ("vit", "vit_transformers", "bert")
-CLASSES = 100
 TOO_SLOW = 0.2  # of float32's speed: a processor without units for bfloat16 would take hours
-# Backbones with a table of all methods: settings of the paper's Tables 1 and 2; what is not named has its defaults.
-OF_PAPER: dict[str, dict[str, Any]] = {
-    "vit": {
-        **{name: {"rank": 8, "targets": ("q", "k", "v")} for name in ("lora", "moslora", "adalora")},
-        "adaptformer": {"bottleneck": 8},
-        "lst": {"reduction": 8},
-    },
-    "bert": {"lst": {"reduction": 4}},
-}
 SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others train parts of it
-
-
-class Pair(NamedTuple):
-    """Our LoRA and PEFT's, of rank 8, on the same layers of a backbone."""
-
-    backbone: str
-    targets: tuple[str, ...]
-    """Of ours."""
-    modules: tuple[str, ...]
-    """Of PEFT's."""
-
-
-PAIRS = (
-    Pair("vit", ("q", "k", "v"), ("qkv",)),
-    Pair("vit", ("o", "fc1", "fc2"), ("attn.proj", "fc1", "fc2")),
-    Pair("vit_transformers", ("q", "k", "v"), ("q_proj", "k_proj", "v_proj")),
-    Pair("bert", ("q", "v"), ("query", "value")),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Options):
     """What is run."""
 
+    parts: tuple[str, ...] = option(PARTS, "what is measured; other parts stay as --output has them", choices=PARTS)
     backbones: tuple[str, ...] = option(BACKBONES, "what is adapted", choices=BACKBONES)
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
@@ -80,74 +63,6 @@ class Settings(Options):
         super().__post_init__()
         if unknown := set(self.methods) - set(ADAPTERS):
             raise ValueError(f"unknown adapter {min(unknown)!r}; choose from {', '.join(ADAPTERS)}")
-
-
-class Classifier(nn.Module):
-    """An encoder of transformers and a linear head on the first token."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(768, CLASSES)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.head(self.encoder(*inputs).last_hidden_state[:, 0])
-
-
-def backbone(name: str, tiny: bool) -> nn.Module:
-    """ViT-B/16 at 224 px, of timm or transformers, or BERT-base, with random weights; `tiny` keeps two blocks."""
-    torch.manual_seed(0)
-    depth: dict[str, Any] = {"depth" if name == "vit" else "num_hidden_layers": 2} if tiny else {}
-    if name == "vit":
-        return timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **depth)
-    if name == "vit_transformers":
-        return Classifier(ViTModel(ViTConfig(**depth), add_pooling_layer=False))
-    return Classifier(BertModel(BertConfig(**depth), add_pooling_layer=False))
-
-
-def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
-    """`size` images, or four times as many sentences of 32 tokens."""
-    if name != "bert":
-        return (torch.randn(size, 3, 224, 224),)
-    return torch.randint(1000, 30000, (4 * size, 32)), torch.ones(4 * size, 32, dtype=torch.long)
-
-
-def with_method(name: str, method: str, tiny: bool) -> nn.Module:
-    """The backbone with an adapter or PEFT's LoRA (of its first pair), and its head trained."""
-    if method == PEFT:
-        return with_peft(next(pair for pair in PAIRS if pair.backbone == name), tiny)
-    return inject(backbone(name, tiny), ADAPTERS[method](**OF_PAPER[name].get(method, {})), train=("head",))
-
-
-def with_lora(pair: Pair, tiny: bool) -> nn.Module:
-    return inject(backbone(pair.backbone, tiny), LoRA(rank=8, targets=pair.targets), train=("head",))
-
-
-def with_peft(pair: Pair, tiny: bool) -> nn.Module:
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=list(pair.modules))
-    wrapped: Any = peft.get_peft_model(cast(Any, backbone(pair.backbone, tiny)), config)
-    wrapped.base_model.model.head.requires_grad_(True)
-    return wrapped
-
-
-def without_lora(pair: Pair, tiny: bool) -> nn.Module:
-    """The frozen backbone and its head, with the gradient through all that it passes through where LoRA is."""
-    model = backbone(pair.backbone, tiny).requires_grad_(False)
-    model.get_submodule("head").requires_grad_(True)
-    for suffix in pair.modules:
-        first = next(module for name, module in model.named_modules() if name.endswith(suffix))
-        first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    return model
-
-
-def step(model: nn.Module, name: str, batch: int, precision: torch.dtype = torch.float32) -> Step:
-    torch.manual_seed(1)
-    inputs = batch_of(name, batch)
-    return Step(model, inputs, torch.randint(CLASSES, (len(inputs[0]),)), precision)
-
-
-def trained_without_head(model: nn.Module) -> int:
-    return trainable_parameters(model) - (768 * CLASSES + CLASSES)
 
 
 def account(name: str, method: str, settings: Settings) -> tuple[Counts, int, int]:
@@ -173,19 +88,44 @@ def applicable(name: str, settings: Settings) -> list[str]:
 
 
 def run(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Measure -> the page and the raw numbers."""
-    results: dict[str, Any] = {"settings": described(settings), "rows": [], "against_peft": [], "merged": []}
-    results["bfloat16"] = bfloat16_speed()
-    precisions = [torch.float32] if results["bfloat16"] < TOO_SLOW else [torch.float32, torch.bfloat16]
+    """Measure -> the page and the raw numbers: each part with its rows and what they were measured with.
+
+    Raises:
+        ValueError: a part that is not measured is not in the output folder either.
+    """
+    results = last_run(settings)
+    speed = bfloat16_speed()
+    conditions = described(settings) | {"bfloat16": speed}
+    precisions = [torch.float32] if speed < TOO_SLOW else [torch.float32, torch.bfloat16]
+    measures = {"methods": methods, "peft": against_peft, "merged": merged_against_stock}
+    for part in settings.parts:
+        results[part] = conditions | {"rows": measures[part](precisions, settings)}
+    return page(results), results
+
+
+def last_run(settings: Settings) -> dict[str, Any]:
+    """What the output folder has, if that is needed."""
+    if set(settings.parts) == set(PARTS):
+        return {}
+    path = settings.output / "adapters.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if missing := [part for part in PARTS if part not in settings.parts and part not in found]:
+        raise ValueError(f"{path} has no {' and no '.join(missing)}: measure all parts at first, without --parts")
+    return found
+
+
+def methods(precisions: list[torch.dtype], settings: Settings) -> list[dict[str, Any]]:
+    """What each method costs on the backbones with a table of all."""
+    rows = []
     for name in (name for name in OF_PAPER if name in settings.backbones):
-        methods = applicable(name, settings)
+        found = applicable(name, settings)
         counts = {
             method: in_fresh_process(account, name, method, settings)
-            for method in tqdm(["full", PEFT, *methods], desc=f"{name}: count", unit="method")
+            for method in tqdm(["full", PEFT, *found], desc=f"{name}: count", unit="method")
         }
-        times = against_full(name, [PEFT, *methods], precisions, settings)
+        times = against_full(name, [PEFT, *found], precisions, settings)
         for method, (exact, resident, trained) in counts.items():
-            results["rows"].append(
+            rows.append(
                 {
                     "backbone": name,
                     "method": method,
@@ -195,12 +135,7 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
                     "against_full_bfloat16": times.get((method, torch.bfloat16), []),
                 }
             )
-        results["merged"] += [merged_against_stock(name, precision, settings) for precision in precisions]
-    if not settings.methods or "lora" in settings.methods:
-        plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
-        for pair, precision, batch in product(plan, precisions, (settings.paper_batch, settings.batch)):
-            results["against_peft"].append(against_peft(pair, precision, batch, settings))
-    return page(results), results
+    return rows
 
 
 def against_full(
@@ -225,7 +160,14 @@ def against_full(
     return ratios
 
 
-def against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: Settings) -> dict[str, Any]:
+def against_peft(precisions: list[torch.dtype], settings: Settings) -> list[dict[str, Any]]:
+    """Our LoRA against PEFT's on all pairs of layers, in each precision, with the paper's batch and the small one."""
+    plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
+    batches = (settings.paper_batch, settings.batch)
+    return [one_against_peft(*each, settings) for each in product(plan, precisions, batches)]
+
+
+def one_against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: Settings) -> dict[str, Any]:
     """Our LoRA over PEFT's: ratios of the time of paired steps, bytes at the peak and trained parameters of both.
 
     With the small batch also a step without LoRA over PEFT's: what could be saved at most.
@@ -256,8 +198,14 @@ def against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: Setti
     }
 
 
+def merged_against_stock(precisions: list[torch.dtype], settings: Settings) -> list[dict[str, Any]]:
+    """Merged models against stock ones, on the same backbones."""
+    names = [name for name in OF_PAPER if name in settings.backbones]
+    return [one_merged_against_stock(*each, settings) for each in product(names, precisions)]
+
+
 @torch.no_grad()
-def merged_against_stock(name: str, precision: torch.dtype, settings: Settings) -> dict[str, Any]:
+def one_merged_against_stock(name: str, precision: torch.dtype, settings: Settings) -> dict[str, Any]:
     """Ratios of the time of a merged model's forward pass over that of the stock model.
 
     Both frozen: within its context autocast keeps the copies of weights that train, but of no others.
