@@ -58,8 +58,8 @@ def test_nothing_without_a_gradient_is_shared(x: Tensor) -> None:
 
 
 def test_the_copy_lives_no_longer_than_its_graph(x: Tensor) -> None:
-    address = weakref.ref(shared_cast(x, torch.bfloat16))
-    assert address() is None
+    copy = weakref.ref(shared_cast(x, torch.bfloat16))
+    assert copy() is None
 
 
 class Attention(nn.Module):
