@@ -33,7 +33,7 @@ def low_rank_linear(
     by the matrix product itself. In the backward pass slices of the output's gradient are read where they are (autograd
     would copy the whole gradient once for each update of a slice), and the gradient of x is accumulated likewise. Under
     autocast the weight is cast for each product, in the backward pass anew: kept copies would be 6 % of the memory of
-    a step of ViT-B with 4 images and q, k and v adapted; x is cast once for all layers that read it.
+    a step of ViT-B with 4 images and q, k and v adapted; layers that read one x share its copy (`shared_cast`).
 
     Args:
         x: inputs; N of them.
