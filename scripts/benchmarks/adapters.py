@@ -36,7 +36,8 @@ from benchmarks.machine import described, in_fresh_process
 from benchmarks.measure import Counts, paired_ratios, resident_peak
 from benchmarks.options import Options, option
 
-PARTS = ("methods", "peft", "merged")
+PARTS = ("methods", "full", "peft", "merged")
+PRECISIONS = ("float32", "bfloat16")
 WARM_UP = 2
 TOO_SLOW = 0.2  # of float32's speed: a processor without units for bfloat16 would take hours
 SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others train parts of it
@@ -44,18 +45,18 @@ SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others tra
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Options):
-    """What is run."""
+    """What is run: all methods (in float32), LoRA against full fine-tuning and PEFT's, and merged models."""
 
-    parts: tuple[str, ...] = option(PARTS, "what is measured; other parts stay as --output has them", choices=PARTS)
+    parts: tuple[str, ...] = option(PARTS, "what is measured; what is not stays as --output has it", choices=PARTS)
+    precisions: tuple[str, ...] = option(PRECISIONS, "in which precisions, likewise", choices=PRECISIONS)
     backbones: tuple[str, ...] = option(BACKBONES, "what is adapted", choices=BACKBONES)
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA against full fine-tuning")
     few_pairs: int = option(5, "pairs of steps for the other rows")
     paper_batch: int = option(32, "images in a step for LoRA against PEFT's: the paper's batch")
-    paper_pairs: int = option(7, "pairs of these steps in float32")
-    small_pairs: int = option(12, "pairs of the same with the small batch")
-    bfloat16_factor: int = option(4, "times as many pairs of these two in bfloat16, whose steps are shorter")
+    paper_pairs: int = option(12, "pairs of these steps")
+    small_pairs: int = option(24, "pairs of the same with the small batch")
     merged_pairs: int = option(60, "pairs of a merged model's forward passes")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
@@ -88,83 +89,83 @@ def applicable(name: str, settings: Settings) -> list[str]:
 
 
 def run(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Measure -> the page and the raw numbers: each part with its rows and what they were measured with.
+    """Measure -> the page and the raw numbers: part -> precision -> its rows and what they were measured with.
 
     Raises:
-        ValueError: a part that is not measured is not in the output folder either.
+        ValueError: the raw numbers in the output folder are none of these.
     """
     results = last_run(settings)
     speed = bfloat16_speed()
     conditions = described(settings) | {"bfloat16": speed}
-    precisions = [torch.float32] if speed < TOO_SLOW else [torch.float32, torch.bfloat16]
-    measures = {"methods": methods, "peft": against_peft, "merged": merged_against_stock}
-    for part in settings.parts:
-        results[part] = conditions | {"rows": measures[part](precisions, settings)}
+    measures = {"methods": methods, "full": against_full, "peft": against_peft, "merged": merged_against_stock}
+    for part, precision in product(settings.parts, settings.precisions):
+        if part == "methods" and precision != "float32":
+            continue
+        if precision == "bfloat16" and speed < TOO_SLOW:
+            print(f"{part} is left out in bfloat16, which has {speed:.2f} of float32's speed here")
+            continue
+        rows = measures[part](getattr(torch, precision), settings)
+        results.setdefault(part, {})[precision] = conditions | {"rows": rows}
     return page(results), results
 
 
-def last_run(settings: Settings) -> dict[str, Any]:
-    """What the output folder has, if that is needed."""
-    if set(settings.parts) == set(PARTS):
-        return {}
+def last_run(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What the output folder has."""
     path = settings.output / "adapters.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if missing := [part for part in PARTS if part not in settings.parts and part not in found]:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}: measure all parts at first, without --parts")
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    if not (found.keys() <= set(PARTS) and all(each.keys() <= set(PRECISIONS) for each in found.values())):
+        raise ValueError(f"{path} is not laid out as part, precision, rows: remove it or choose another --output")
     return found
 
 
-def methods(precisions: list[torch.dtype], settings: Settings) -> list[dict[str, Any]]:
-    """What each method costs on the backbones with a table of all."""
+def methods(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+    """What each method costs, over full fine-tuning, on the backbones with a table of all."""
     rows = []
-    for name in (name for name in OF_PAPER if name in settings.backbones):
-        found = applicable(name, settings)
-        counts = {
-            method: in_fresh_process(account, name, method, settings)
-            for method in tqdm(["full", PEFT, *found], desc=f"{name}: count", unit="method")
-        }
-        times = against_full(name, [PEFT, *found], precisions, settings)
-        for method, (exact, resident, trained) in counts.items():
-            rows.append(
-                {
-                    "backbone": name,
-                    "method": method,
-                    "trained": trained,
-                    "counts": asdict(exact) | {"resident_bytes": resident},
-                    "against_full": times.get((method, torch.float32), []),
-                    "against_full_bfloat16": times.get((method, torch.bfloat16), []),
-                }
-            )
+    for name in of_paper(settings):
+        found = [PEFT, *applicable(name, settings)]
+        for method in tqdm(["full", *found], desc=f"{name}: count", unit="method"):
+            exact, resident, trained = in_fresh_process(account, name, method, settings)
+            counts = asdict(exact) | {"resident_bytes": resident}
+            rows.append({"backbone": name, "method": method, "trained": trained, "counts": counts, "time_ratios": []})
+        with tqdm(total=len(found) * (settings.few_pairs + WARM_UP), desc=f"{name}: time", unit="pair") as bar:
+            for row in rows[-len(found) :]:
+                bar.set_postfix_str(row["method"])
+                row["time_ratios"] = over_full(name, row["method"], precision, settings.few_pairs, settings, bar.update)
     return rows
 
 
-def against_full(
-    name: str, methods: list[str], precisions: list[torch.dtype], settings: Settings
-) -> dict[tuple[str, torch.dtype], list[float]]:
-    """Ratios of paired steps by method and precision; only LoRA is timed in bfloat16."""
-    plan = [(method, precision) for precision in precisions for method in methods
-            if method == "lora" or precision == torch.float32]  # fmt: skip
-    pairs = {method: settings.pairs if method == "lora" else settings.few_pairs for method in methods}
-    ratios = {}
-    with tqdm(total=sum(pairs[method] + WARM_UP for method, _ in plan), desc=f"{name}: time", unit="pair") as bar:
-        for method, precision in plan:
-            bar.set_postfix_str(method)
-            gc.collect()
-            one, full = (
-                step(with_method(name, which, settings.tiny), name, settings.batch, precision)
-                for which in (method, "full")
-            )
-            ratios[method, precision] = paired_ratios(
-                full.run, one.run, pairs[method], warm_up=WARM_UP, progress=bar.update
-            )
-    return ratios
+def against_full(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+    """LoRA against full fine-tuning, on the same backbones."""
+    rows = []
+    for name in of_paper(settings):
+        with tqdm(total=settings.pairs + WARM_UP, desc=f"{name}: LoRA / full, {precision}", unit="pair") as bar:
+            ratios = over_full(name, "lora", precision, settings.pairs, settings, bar.update)
+        rows.append(_row(name, precision) | {"batch": settings.batch, "time_ratios": ratios})
+    return rows
 
 
-def against_peft(precisions: list[torch.dtype], settings: Settings) -> list[dict[str, Any]]:
-    """Our LoRA against PEFT's on all pairs of layers, in each precision, with the paper's batch and the small one."""
+def over_full(
+    name: str, method: str, precision: torch.dtype, pairs: int, settings: Settings, progress: Callable[[], object]
+) -> list[float]:
+    """Ratios of the time of paired steps: a method's over full fine-tuning's."""
+    gc.collect()
+    one, full = (
+        step(with_method(name, which, settings.tiny), name, settings.batch, precision) for which in (method, "full")
+    )
+    return paired_ratios(full.run, one.run, pairs, warm_up=WARM_UP, progress=progress)
+
+
+def of_paper(settings: Settings) -> list[str]:
+    return [name for name in OF_PAPER if name in settings.backbones]
+
+
+def against_peft(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+    """Our LoRA against PEFT's on all pairs of layers, with the paper's batch and the small one."""
     plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
     batches = (settings.paper_batch, settings.batch)
-    return [one_against_peft(*each, settings) for each in product(plan, precisions, batches)]
+    return [one_against_peft(pair, precision, batch, settings) for pair, batch in product(plan, batches)]
 
 
 def one_against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: Settings) -> dict[str, Any]:
@@ -175,21 +176,17 @@ def one_against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: S
     gc.collect()
     small = batch == settings.batch
     pairs = settings.small_pairs if small else settings.paper_pairs
-    if precision == torch.bfloat16:
-        pairs *= settings.bfloat16_factor
     models = with_lora(pair, settings.tiny), with_peft(pair, settings.tiny)
     ours, theirs = (step(model, pair.backbone, batch, precision) for model in models)
     without: list[float] = []
-    described = f"{pair.backbone} {' '.join(pair.targets)}: {name_of(precision)}, batch {batch}"
+    described = f"{pair.backbone} {' '.join(pair.targets)}: {precision}, batch {batch}"
     with tqdm(total=(pairs + WARM_UP) * (1 + small), desc=described, unit="pair") as bar:
         measure = partial(paired_ratios, theirs.run, pairs=pairs, warm_up=WARM_UP, progress=bar.update)
         ratios = measure(ours.run)
         if small:
             without = measure(step(without_lora(pair, settings.tiny), pair.backbone, batch, precision).run)
-    return {
-        "backbone": pair.backbone,
+    return _row(pair.backbone, precision) | {
         "layers": pair.targets,
-        "precision": name_of(precision),
         "batch": batch,
         "time_ratios": ratios,
         "without_lora": without,
@@ -198,10 +195,9 @@ def one_against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: S
     }
 
 
-def merged_against_stock(precisions: list[torch.dtype], settings: Settings) -> list[dict[str, Any]]:
+def merged_against_stock(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
     """Merged models against stock ones, on the same backbones."""
-    names = [name for name in OF_PAPER if name in settings.backbones]
-    return [one_merged_against_stock(*each, settings) for each in product(names, precisions)]
+    return [one_merged_against_stock(name, precision, settings) for name in of_paper(settings)]
 
 
 @torch.no_grad()
@@ -216,11 +212,11 @@ def one_merged_against_stock(name: str, precision: torch.dtype, settings: Settin
     forward: list[Callable[[], object]] = [partial(model, *inputs) for model in (stock, merged)]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
         ratios = paired_ratios(*forward, settings.merged_pairs, warm_up=WARM_UP)
-    return {"backbone": name, "precision": name_of(precision), "time_ratios": ratios}
+    return _row(name, precision) | {"batch": settings.batch, "time_ratios": ratios}
 
 
-def name_of(precision: torch.dtype) -> str:
-    return str(precision).removeprefix("torch.")
+def _row(name: str, precision: torch.dtype) -> dict[str, Any]:
+    return {"backbone": name, "precision": str(precision).removeprefix("torch.")}
 
 
 def bfloat16_speed() -> float:
