@@ -205,7 +205,7 @@ def test_gradients_under_autocast_and_no_kept_copy_of_the_weight(dropout: float)
 
 
 def test_a_fused_layer_keeps_its_input_alone_and_has_the_gradients_of_w_plus_ba(vit: nn.Module) -> None:
-    """The activations of q, k and v are computed again: 0.2 % of a step of ViT-B for as much of its memory."""
+    """The activations of q, k and v are computed again in the backward pass."""
     layer = inject(vit, LoRA(rank=4, alpha=4, targets=("q", "k", "v"))).get_submodule("blocks.0.attn.qkv")
     fill(vit)
     x, direction = torch.randn(20, D).requires_grad_(), torch.randn(20, 3 * D)
