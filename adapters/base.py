@@ -119,13 +119,16 @@ class Branched(Extension):
         """The weight (d_out, d_in) and the bias (d_out,) that the branches belong to."""
         raise NotImplementedError
 
-    def project(self, x: Tensor) -> Tensor:
-        """x (..., d_in) -> (..., d_out): the linear map and its branches."""
+    def project(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """x (..., d_in) -> (..., d_out): the linear map and its branches; with `rows`, those that lie in them alone."""
         weight, bias = self.linear_map()
-        branches = [cast(Branch, branch) for branch in self.branches.values()]
-        updates = [
-            Update(*branch.factors(), *self.slices[role]) for role, branch in zip(self.branches, branches, strict=True)
-        ]
+        slices = self.slices
+        if rows is not None:
+            first, last = rows
+            weight, bias = weight[first:last], None if bias is None else bias[first:last]
+            slices = {role: (i - first, j - first) for role, (i, j) in slices.items() if first <= i < last}
+        branches = [cast(Branch, self.branches[role]) for role in slices]
+        updates = [Update(*branch.factors(), *slices[role]) for role, branch in zip(slices, branches, strict=True)]
         activations: list[Tensor] = []
         # A penalty whose gradient comes later (`replays`) has to find the activations among what autograd sees.
         if hasattr(self.record, "replays") or any(branch.drops for branch in branches):
@@ -135,7 +138,7 @@ class Branched(Extension):
         if self.record is not None:
             if together is not None:
                 activations = [each.T for each in together.split([len(update.down) for update in updates])]
-            for role, each, update in zip(self.branches, activations, updates, strict=True):
+            for role, each, update in zip(slices, activations, updates, strict=True):
                 self.record(role, each, update.basis, x.shape[:-1])
         return out.view(*x.shape[:-1], weight.shape[0])
 

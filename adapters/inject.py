@@ -32,7 +32,8 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
     Args:
         model: any module that holds known architectures (see `adapters.targets`), at any depth.
         adapter: one of `ADAPTERS`, configured.
-        train: paths of submodules or parameters that train besides the adapter, such as `("head",)`.
+        train: paths of submodules or parameters that train besides the adapter, such as `("head",)`. A parameter that
+            is tied to another one trains in both places.
         show: print `adapter_table(model)`.
 
     Returns:
@@ -40,11 +41,13 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
 
     Raises:
         ValueError: if the model, a part of it or a model that it is a part of holds an adapter already or had one
-            merged into it, if a target is nowhere in it, or if a name in `train` is unknown. Nothing has changed then.
+            merged into it, if a target is nowhere in it or a layer with a forward of its own, or if a name in `train`
+            is unknown. Nothing has changed then.
     """
     train = (train,) if isinstance(train, str) else tuple(train)
     check_fresh(model)
-    before = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
+    before = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    before += [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if unknown := [name for name in train if name not in before]:
         close = difflib.get_close_matches(unknown[0], before, n=3) or [n for n, _ in model.named_children()]
         raise ValueError(
@@ -61,9 +64,8 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
         raise
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = frozenset() if adapter.name == "full" else frozenset(trains)
-    for name, parameter in model.named_parameters():
-        if is_below(name, train):
-            parameter.requires_grad_(True)
+    for parameter in parameters_below(model, train):
+        parameter.requires_grad_(True)
     leave_fast_path(model)
     for module in model.modules():
         object.__setattr__(module, INJECTED, True)
@@ -92,6 +94,12 @@ def is_below(name: str, paths: Iterable[str]) -> bool:
     return any(not path or name == path or name.startswith(path + ".") for path in paths)
 
 
+def parameters_below(model: nn.Module, paths: Iterable[str]) -> set[nn.Parameter]:
+    """The parameters at or below one of `paths`, under whichever of its names if it is tied."""
+    paths = tuple(paths)
+    return {p for name, p in model.named_parameters(remove_duplicate=False) if is_below(name, paths)}
+
+
 def injection(model: nn.Module) -> Injection | None:
     """What was injected into `model`, or None where nothing was or it has been merged."""
     held: Injection | None = getattr(model, "injection", None)
@@ -107,8 +115,8 @@ def loss_parts(model: nn.Module) -> dict[str, Tensor]:
 def after_step(model: nn.Module, step: int, total_steps: int) -> None:
     """Tell the adapter that the optimiser took its step number `step`, before gradients are cleared.
 
-    Nothing happens where the adapter is no `ScheduledAdapter`. `training.AdapterTrainer` calls this and `loss_parts`; a
-    training loop of your own has to.
+    Nothing happens where the adapter is no `ScheduledAdapter`. `training.ReSoRAMixin` calls this and `loss_parts`; a
+    training loop without it has to.
     """
     held = injection(model)
     if held and isinstance(held.adapter, ScheduledAdapter):

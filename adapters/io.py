@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.base import Adapter
-from adapters.inject import check_fresh, inject, injection, is_below
+from adapters.inject import check_fresh, inject, injection, is_below, parameters_below
 from adapters.methods import ADAPTERS
 
 FORMAT = "resora-adapter-1"
@@ -86,6 +86,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             + (", in the precision that it was saved in: float16 rounds them to others" if half else "")
         )
     if held is None:
+        _check_train(tensors, model, ("",) if adapter.name == "full" else train, path)
         inject(model, adapter, train)
     _copy(tensors, _trained(model), path)
     return model
@@ -140,9 +141,14 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     held = injection(model)
     assert held is not None
     named = ("",) if held.adapter.name == "full" else held.train
-    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return _with_buffers(model, {parameter for parameter in model.parameters() if parameter.requires_grad}, named)
+
+
+def _with_buffers(model: nn.Module, chosen: Collection[nn.Parameter], named: tuple[str, ...]) -> dict[str, Tensor]:
+    """`chosen` parameters, by the first name of those that are tied, and the buffers beside them and below `named`."""
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in chosen}
     for path, module in model.named_modules():
-        if is_below(path, named) or any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        if is_below(path, named) or any(parameter in chosen for parameter in module.parameters(recurse=False)):
             persistent = {
                 n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
             }
@@ -150,14 +156,32 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _check_train(
+    tensors: dict[str, Tensor], model: nn.Module, train: tuple[str, ...], path: str | os.PathLike[str]
+) -> None:
+    """Raise ValueError if a file does not fit what is in a fresh model already: all but what the adapter brings."""
+    own = dict(model.named_parameters())
+    target = _with_buffers(model, parameters_below(model, train), train)
+    target |= {name: own[name] for name in tensors if name in own}
+    inside = {name: tensor for name, tensor in tensors.items() if name in target or is_below(name, train)}
+    _check(inside, target, path, more=True)
+
+
+def _check(
+    source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str], more: bool = False
+) -> None:
+    """Raise ValueError unless `source` holds what `target` does, in the same shapes, and, without `more`, no others."""
     missing, unexpected = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     shapes = [f"{n} {tuple(source[n].shape)} instead of {tuple(t.shape)}" for n, t in target.items()
               if n in source and source[n].shape != t.shape]  # fmt: skip
-    if missing or unexpected or shapes:
+    if missing or shapes or (unexpected and not more):
         raise ValueError(
             f"{path} does not fit the model: missing {missing}, unexpected {unexpected}, misshaped {shapes}"
         )
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    _check(source, target, path)
     for name, tensor in target.items():
         tensor.copy_(source[name])

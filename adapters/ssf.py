@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapters.attention import StepwiseAttention, StepwiseMultiheadAttention
 from adapters.extend import Extension, extend, restore
-from adapters.targets import WHOLE, find_sites
+from adapters.targets import WHOLE, check_plain, linear_maps
 from adapters.towers import Tower, find_towers
 
 # Ends of the paths of the convolutions that are scaled: patches, ConvNeXt's, and an MLP that is made of convolutions.
@@ -36,22 +36,25 @@ class SSF:
     not_mergeable: ClassVar[str] = ""
 
     def apply(self, model: nn.Module) -> None:
+        found: dict[nn.Module, tuple[Tower, bool]] = {}  # of all towers before anything changes: one may be refused
         for tower in reversed(find_towers(model, method=self.name)):  # CLIP's image tower is inside its text tower
-            for module, channels_first in list(_operations(tower)):
-                positioned = tower.kind == "clip_vision" and module is tower.module.conv1 and module.bias is None
-                if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d):
-                    scaled: Scaled = extend(module, ScaledOutput)
-                elif isinstance(module, nn.MultiheadAttention):
-                    scaled = extend(module, ScaledMultiheadAttention)
-                else:
-                    scaled = extend(module, ScaledAttention)
-                weight, bias = scaled.affine()
-                scale, shift = torch.empty(len(weight)).normal_(1, 0.02), torch.empty(len(weight)).normal_(0, 0.02)
-                scaled.channels_first = channels_first
-                scaled.ssf_scale = nn.Parameter(scale.to(weight))
-                scaled.ssf_shift = None if bias is None and not positioned else nn.Parameter(shift.to(weight))
-                if positioned:
-                    extend(tower.module, ShiftedPatches)
+            for module, channels_first in _operations(tower):
+                found.setdefault(module, (tower, channels_first))
+        for module, (tower, channels_first) in found.items():
+            positioned = tower.kind == "clip_vision" and module is tower.module.conv1 and module.bias is None
+            if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d):
+                scaled: Scaled = extend(module, ScaledOutput)
+            elif isinstance(module, nn.MultiheadAttention):
+                scaled = extend(module, ScaledMultiheadAttention)
+            else:
+                scaled = extend(module, ScaledAttention)
+            weight, bias = scaled.affine()
+            scale, shift = torch.empty(len(weight)).normal_(1, 0.02), torch.empty(len(weight)).normal_(0, 0.02)
+            scaled.channels_first = channels_first
+            scaled.ssf_scale = nn.Parameter(scale.to(weight))
+            scaled.ssf_shift = None if bias is None and not positioned else nn.Parameter(shift.to(weight))
+            if positioned:
+                extend(tower.module, ShiftedPatches)
 
 
 def _operations(tower: Tower) -> Iterator[tuple[nn.Module, bool]]:
@@ -61,7 +64,9 @@ def _operations(tower: Tower) -> Iterator[tuple[nn.Module, bool]]:
             "ssf scales what layers put out, but attention with a q_bias (timm's BEiT, EVA and Swin v2) reads "
             "the weight of qkv and never calls it"
         )
-    linear = {site.module for site in find_sites(tower.module, "") if site.role != WHOLE}
+    sites = [site for site in linear_maps(tower.module) if site.role != WHOLE]
+    check_plain(sites)
+    linear = {site.module for site in sites}
     images_last = {
         module
         for block in tower.blocks
@@ -69,8 +74,6 @@ def _operations(tower: Tower) -> Iterator[tuple[nn.Module, bool]]:
         for module in block.module.modules()
     }
     for path, module in tower.module.named_modules():
-        if isinstance(module, Scaled):
-            continue
         if module in linear:
             yield module, False
         elif isinstance(module, nn.Conv2d) and CONVOLUTIONS.search(path):
@@ -97,11 +100,14 @@ class Scaled(Extension):
         """The weight (d_out, ...) and the bias (d_out,) that scale and shift are folded into."""
         return self.weight, self.bias  # type: ignore[return-value]
 
-    def scaled(self, y: Tensor) -> Tensor:
-        """y (..., d_out), or (..., d_out, H, W) -> the same, in the same dtype."""
-        scale, shift = self.ssf_scale, self.ssf_shift
+    def scaled(self, y: Tensor, channels: slice | None = None) -> Tensor:
+        """y (..., d_out), or (..., d_out, H, W), or `channels` of it -> the same, in the same dtype."""
+        scale: Tensor = self.ssf_scale
+        shift: Tensor | None = self.ssf_shift
+        if channels is not None:
+            scale, shift = scale[channels], None if shift is None else shift[channels]
         if self.channels_first:
-            scale, shift = scale[:, None, None], None if shift is None else shift[:, None, None]  # type: ignore[assignment]
+            scale, shift = scale[:, None, None], None if shift is None else shift[:, None, None]
         if y.dtype == scale.dtype:
             return y * scale if shift is None else torch.addcmul(shift, y, scale)
         # Autocast: near 1, bfloat16's steps are as large as the differences between scales.
@@ -132,8 +138,8 @@ class ScaledMultiheadAttention(Scaled, StepwiseMultiheadAttention):
     def affine(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.in_proj_weight, self.in_proj_bias  # type: ignore[return-value]
 
-    def project(self, x: Tensor) -> Tensor:
-        return self.scaled(super().project(x))
+    def project(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        return self.scaled(super().project(x, rows), rows and slice(*rows))
 
 
 class ScaledAttention(Scaled, StepwiseAttention):

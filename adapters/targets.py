@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adapters.attention import AdaptedInProjection, AdaptedMultiheadAttention
 from adapters.base import AdaptedLinear, Branched
 from adapters.extend import extend
+from adapters.plain import has_own_forward, never_called
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 WHOLE = "whole"  # the role of a linear layer that no architecture below names; reached by a pattern
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"attn\.proj", ("o",)),
     (r"mlp\.fc1", ("fc1",)),
     (r"mlp\.fc2", ("fc2",)),
-    # CLIP (open_clip), whose q, k and v are rows of `attn.in_proj_weight`, see `_maps`
+    # CLIP (open_clip), whose q, k and v are rows of `attn.in_proj_weight`, see `linear_maps`
     (r"attn\.out_proj", ("o",)),
     (r"mlp\.c_fc", ("fc1",)),
     (r"mlp\.c_proj", ("fc2",)),
@@ -111,22 +112,28 @@ def find_sites(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:
     Args:
         model: any module.
         targets: semantic targets, or a regular expression that is searched in "<layer>.<role>", such as
-            ``r"blocks\\.[0-5]\\..*\\.(q|v)$"``; it also reaches linear layers that have no role, by their path.
+            ``r"blocks\\.[0-5]\\..*\\.(q|v)$"``; it also reaches linear layers that have no role, by their path. ""
+            means all that an adapter can go into.
 
     Raises:
-        ValueError: if one of the targets, or the pattern, is nowhere in the model; the message names what is.
+        ValueError: if one of the targets, or the pattern, is nowhere in the model (the message names what is), or means
+            a layer with a forward of its own.
     """
     check_targets(targets)
-    known = list(_maps(model))
+    known = list(linear_maps(model))
     if isinstance(targets, str):
         pattern = compiled(targets)
-        if not (sites := [site for site in known if pattern.search(site.key)]):
+        sites = [site for site in known if pattern.search(site.key)]
+        if not targets:
+            sites = [site for site in sites if _odd(site) is None]
+        if not sites:
             keys = [site.key for site in known]
             close = difflib.get_close_matches(targets, keys, n=3, cutoff=0.3) or keys[:3]
             raise ValueError(
                 f"the pattern {targets!r} is found in no linear layer of {type(model).__name__}; "
                 f"the closest are {', '.join(close) or 'none: it has no linear layer'}"
             )
+        check_plain(sites)
         return sites
     sites = [site for site in known if site.role in targets]
     if missing := [role for role in targets if role not in {site.role for site in sites}]:
@@ -136,25 +143,39 @@ def find_sites(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:
             f"no layer for target {', '.join(map(repr, missing))} in {type(model).__name__}; its targets are "
             f"{', '.join(there) or 'none'}, and a pattern can reach its linear layers: {', '.join(layers) or 'none'}"
         )
+    check_plain(sites)
     return sites
 
 
-def _maps(model: nn.Module) -> Iterator[Site]:
-    """Every linear map of `model`, by role; a module that stands at several paths counts once."""
+def check_plain(sites: Iterable[Site]) -> None:
+    """Raise ValueError for a layer with a forward of its own, such as a quantised one."""
+    for site in sites:
+        if (odd := _odd(site)) is not None:
+            why = "has a forward of its own, which an adapter would replace by torch's: put torch's class in its place"
+            if "forward" in vars(odd):
+                hooks = "had its forward replaced (by accelerate's hooks, say), so that an adapter would never run"
+                why = f"{hooks}: inject before that"
+            raise ValueError(f"{site.key}: this {type(odd).__name__} {why}, or leave it out with a pattern as targets")
+
+
+def _odd(site: Site) -> nn.Module | None:
+    """The module of a site, or its attention, that has a forward of its own."""
+    return next((m for m in (site.module, site.attention) if m is not None and has_own_forward(m)), None)
+
+
+def linear_maps(model: nn.Module) -> Iterator[Site]:
+    """Every linear map of `model` that is called, by role; a module that stands at several paths counts once."""
     out_projections: dict[nn.Module, nn.Module] = {}
-    never_called: set[nn.Module] = set()
+    uncalled: set[nn.Module] = set()
     for name, module in model.named_modules():
         fused = getattr(module, "in_proj_weight", None)
-        if isinstance(getattr(module, "q_bias", None), nn.Parameter):
-            # timm's BEiT, EVA and Swin v2 read qkv.weight beside biases of their own, DeBERTa in_proj.weight: a branch
-            # on it would be ignored.
-            never_called |= {child for fused_map, child in module.named_children() if fused_map in ("qkv", "in_proj")}
+        uncalled |= never_called(module)
         if isinstance(module, nn.MultiheadAttention):
             out_projections[module.out_proj] = module
         if isinstance(fused, nn.Parameter):
             rows = len(fused) // 3
             yield from (Site(name, module, role, i * rows, (i + 1) * rows, fused) for i, role in enumerate("qkv"))
-        elif isinstance(module, nn.Linear) and module not in never_called:
+        elif isinstance(module, nn.Linear) and module not in uncalled:
             roles = next((roles for pattern, roles in _PATTERNS if pattern.search(name)), (WHOLE,))
             rows = module.out_features // len(roles)
             attention = out_projections.get(module)

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
+
+AUTOGRAD = ModuleTracker()  # only asked whether a backward pass is running, `is_bw`; it tracks nothing unless entered
 
 
 class Record(Protocol):
@@ -38,7 +41,7 @@ class LowRankLayer(Protocol):
         ...
 
     def replay(self, role: str, activations: Tensor) -> None:
-        """When the next forward pass with a graph has computed these activations again, add their gradient to it."""
+        """When a forward pass in the backward pass has computed these activations again, add their gradient to it."""
         ...
 
 
@@ -47,11 +50,17 @@ class Replay:
 
     A penalty on the activations of the first pass leaves its gradient on them, which are leaves; in the second pass it
     is added to the gradient of the same activations. Autograd runs what was computed last first, so that the penalty's
-    gradient is there by then.
+    gradient is there by then. A pass under no_grad of the user's own has no second one: what waits for it must not take
+    the forward pass of a later step for that.
     """
 
     def __init__(self, activations: Tensor) -> None:
         self.first = weakref.ref(activations)  # nothing is held for a backward pass that never comes
+
+    @staticmethod
+    def now() -> bool:
+        """Whether this forward pass may be the second one."""
+        return torch.is_grad_enabled() and bool(AUTOGRAD.is_bw)
 
     def __call__(self, activations: Tensor) -> None:
         if (first := self.first()) is not None and activations.requires_grad:
@@ -63,13 +72,13 @@ class Replay:
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """The layers of `model` that have rank-1 subspaces, by name.
 
-    A module takes part if it has an attribute `record` (with `roles` and `weight_subspaces`), as the layers of
+    A module takes part if it has an attribute `record`, and its class `roles` and `weight_subspaces`, as the layers of
     `adapters` do, or if it is a LoRA layer of PEFT.
     """
     layers: dict[str, LowRankLayer] = {}
     for name, module in model.named_modules():
         attributes = vars(module)  # hasattr on each module of a model would take a millisecond of every step
-        if "record" in attributes:
+        if "record" in attributes and hasattr(type(module), "weight_subspaces"):
             layers[name] = OwnLayer(name, module)
         elif "scaling" in attributes and all(
             hasattr(module, of_lora) for of_lora in ("lora_A", "lora_B", "lora_variant")
@@ -115,7 +124,7 @@ class OwnLayer:
             def again(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
                 for gone in [other for other, replay in replays.items() if replay.first() is None]:
                     del replays[gone]
-                if torch.is_grad_enabled() and role in replays:
+                if role in replays and Replay.now():
                     replays.pop(role)(activations)
                 if not replays:
                     self.module.record = None
@@ -179,7 +188,7 @@ class PeftLayer:
         replay = Replay(activations)
 
         def again(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if torch.is_grad_enabled() or replay.first() is None:  # gone: the backward pass never came
+            if Replay.now() or replay.first() is None:  # gone: the backward pass never came
                 handle.remove()
                 replay(output)
 

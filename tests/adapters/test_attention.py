@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapters import LoRA, inject, merge
+from regularizers import capture
 
 
 class Block(nn.Module):
@@ -80,13 +81,77 @@ def test_out_proj_alone_trains() -> None:
     assert model.attn.out_proj.branches["o"].B.grad.abs().sum() > 0
 
 
-def test_what_it_cannot_do_is_an_error() -> None:
+def test_what_it_cannot_do_is_an_error_that_says_how_to_leave_it_out() -> None:
     model = inject(Block(multihead()), LoRA(rank=2, targets=("q",)))
-    x, other = torch.randn(2, 3, 6, 16)
-    with pytest.raises(NotImplementedError, match="its own input"):
-        model.attn(x, other, other, need_weights=False)
-    with pytest.raises(NotImplementedError, match="need_weights=False"):
-        model.attn(x, x, x)
+    x = torch.randn(3, 6, 16)
+    with pytest.raises(NotImplementedError, match=r"it got 2 dimensions.*targets=r\"self_attn\\\."):
+        model.attn(x[0], x[0], x[0])
+    with pytest.raises(NotImplementedError, match="is_causal=True"):
+        model.attn(x, x, x, is_causal=True)
+
+
+def dense(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    """The same with random updates added to its weights."""
+    for name, parameter in attention.named_parameters():
+        if name.endswith((".B", "ssf_scale", "ssf_shift")):
+            nn.init.normal_(parameter)
+    return merge(copy.deepcopy(attention))
+
+
+@pytest.mark.parametrize("weights", [None, "averaged", "of each head"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cross_attention_is_torchs(batch_first: bool, weights: str | None, bias: bool) -> None:
+    adapted = inject(multihead(batch_first, bias), LoRA(rank=2, targets=("q", "v")))
+    stock = dense(adapted)
+    query, key, value = torch.randn(3, 4, 16), torch.randn(3, 6, 16), torch.randn(3, 6, 16)
+    ignored = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None]
+    for inputs in ((query, key, value), (query, key, key), (key, key, value), (key, key, key)):
+        given = inputs if batch_first else tuple(x.transpose(0, 1) for x in inputs)
+        settings: dict[str, Any] = {"need_weights": weights is not None, "average_attn_weights": weights == "averaged"}
+        settings["key_padding_mask"] = ignored
+        with torch.enable_grad():  # torch's fast path aside
+            expected, found = stock(*given, **settings), adapted(*given, **settings)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_projection_of_cross_attention_records_its_own_input() -> None:
+    model = inject(Block(multihead()), LoRA(rank=2, targets=("q", "v")))
+    query, key = torch.randn(2, 1, 16), torch.randn(2, 6, 16)
+    with capture(model) as subspaces:
+        model.attn(query, key, key)
+    for role, x in (("q", query), ("v", key)):
+        expected = x.flatten(0, 1) @ model.attn.weight_subspaces(role)[0]
+        torch.testing.assert_close(subspaces[f"attn.{role}"].activations, expected)
+
+
+def siglip() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)), (torch.randn(2, 3, 16, 16),)
+
+
+def decoder() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerDecoder(layer, 1), (torch.randn(2, 3, 16), torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize(("build", "cross"), [(siglip, "head.attention"), (decoder, "multihead_attn")])
+def test_models_with_cross_attention_inside_keep_their_outputs_and_train_it(build: Any, cross: str) -> None:
+    model, inputs = build()
+
+    def output() -> torch.Tensor:
+        out = model.eval()(*inputs)
+        return getattr(out, "pooler_output", out)
+
+    before = output()
+    inject(model, LoRA(rank=2, targets=("q", "k", "v")))
+    after = output()
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    after.square().sum().backward()
+    there = {n: p.grad for n, p in model.named_parameters() if f"{cross}.branches" in n and n.endswith(".B")}
+    assert len(there) == 3 and all(gradient.abs().sum() > 0 for n, gradient in there.items() if ".k." not in n)
 
 
 def test_the_updates_gradient_is_autograds() -> None:
@@ -134,6 +199,22 @@ def test_torchs_encoder_layer_does_not_pass_the_adapter_by_in_evaluation(targets
         torch.testing.assert_close(model(x), trained, atol=1e-5, rtol=1e-5)
     assert vars(model.layers[0]).keys() - {"injection", "_has_been_injected"} == vars(stock.layers[0]).keys()
     assert model.layers[0].activation_relu_or_gelu == stock.layers[0].activation_relu_or_gelu == 2
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), r"linear1$"])
+def test_torchs_encoder_hands_no_nested_tensor_to_adapted_layers(targets: Any) -> None:
+    """By default it would, in evaluation under a padding mask."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    x, padding = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([5, 3])[:, None]
+    with torch.no_grad():
+        expected = model.eval()(x, src_key_padding_mask=padding)
+        inject(model, LoRA(rank=2, targets=targets))
+        found = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[~padding], expected[~padding], atol=1e-5, rtol=1e-5)
+        merge(model)
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected, atol=1e-5, rtol=1e-5)
+    assert model.use_nested_tensor is True
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])

@@ -141,3 +141,50 @@ def test_running_statistics_without_parameters_beside_them(tmp_path: Path, adapt
     back = fresh()
     back.head.load_state_dict({n: t for n, t in model.head.state_dict().items() if "running" not in n}, strict=False)
     assert torch.equal(load(back, tmp_path / "a.safetensors").eval()(ids), model.eval()(ids))
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=3), Full()], ids=lambda a: a.name)
+def test_a_file_with_another_head_leaves_the_model_as_it_was(tmp_path: Path, adapter: LoRA) -> None:
+    save(trained(adapter), tmp_path / "a.safetensors")
+    wide, more = Model(), Model()
+    wide.head[0] = nn.Linear(16, 9)
+    more.head.append(nn.Linear(4, 4))
+    for model, message in ((wide, r"head.0.weight \(4, 16\) instead of \(9, 16\)"), (more, r"missing \['head.2.bias'")):
+        before = set(dict(model.named_parameters()))
+        with pytest.raises(ValueError, match=message):
+            load(model, tmp_path / "a.safetensors")
+        assert not hasattr(model, "injection") and set(dict(model.named_parameters())) == before
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        inject(model, adapter)
+
+
+class Tied(nn.Module):
+    """A head that has the weight of the embeddings, as in language models."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.emb, self.head = nn.Linear(8, 8), nn.Embedding(20, 8), nn.Linear(8, 20)
+        torch.manual_seed(seed)
+        nn.init.normal_(self.emb.weight)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc(self.emb(ids)))
+
+
+@pytest.mark.parametrize("train", ["head", "head.weight"])
+def test_a_head_whose_weight_is_tied_trains_and_comes_back(tmp_path: Path, train: str) -> None:
+    model = inject(Tied(seed=1), LoRA(rank=2, targets="fc"), train=(train,))
+    assert model.head.weight.requires_grad and model.head.weight is model.emb.weight
+    assert not model.fc.weight.requires_grad and model.head.bias.requires_grad == (train == "head")
+    nn.init.normal_(model.fc.branches["whole"].B)
+    save(model, tmp_path / "a.safetensors")
+    fresh, ids = load(Tied(seed=1 if train == "head.weight" else 2), tmp_path / "a.safetensors"), torch.arange(20)
+    assert fresh.head.weight is fresh.emb.weight
+    assert torch.equal(fresh(ids), model(ids))
+    untied = Tied(seed=1)
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"missing \['head.weight'\]"):
+        load(untied, tmp_path / "a.safetensors")
+    assert not hasattr(untied, "injection")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
 from adapters import SSF, inject, merge, trainable_parameters
+from adapters.extend import extend
+from adapters.ssf import ScaledMultiheadAttention
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -206,3 +209,31 @@ def test_other_models_are_refused() -> None:
     beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=4, num_classes=0)
     with pytest.raises(ValueError, match="ssf scales what layers put out"):
         inject(beit, SSF())
+
+
+def test_a_refused_tower_leaves_the_others_as_they_were() -> None:
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=4, num_classes=0)
+    for towers in ({"a": beit, "b": build("vit")}, {"a": build("vit"), "b": beit}):
+        model = nn.ModuleDict(towers)
+        before = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(ValueError, match="ssf scales what layers put out"):
+            inject(model, SSF())
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        assert not any("ssf" in name for name, _ in model.named_parameters())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_cross_attention_is_scaled_by_its_own_channels() -> None:
+    stock = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    adapted = extend(copy.deepcopy(stock), ScaledMultiheadAttention)
+    adapted.ssf_scale, adapted.ssf_shift = nn.Parameter(torch.randn(48)), nn.Parameter(torch.randn(48))
+    adapted.channels_first = False
+    query, key = torch.randn(3, 1, 16), torch.randn(3, 6, 16)
+    found = adapted(query, key, key)
+    adapted.merge()
+    torch.testing.assert_close(found, adapted(query, key, key), atol=1e-5, rtol=1e-5)
+
+
+def test_a_convnext_without_linear_layers() -> None:
+    model = timm.create_model("convnext_tiny", depths=(1,) * 4, dims=(8,) * 4, conv_mlp=True, num_classes=0)
+    assert trainable_parameters(inject(model, SSF())) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from backbones import build
@@ -94,3 +96,85 @@ def test_a_layer_whose_weight_is_read_but_that_is_never_called_is_no_target() ->
     assert isinstance(model.blocks[0].attn.q_bias, nn.Parameter)
     with pytest.raises(ValueError, match="no layer for target 'q'"):
         inject(model, LoRA(targets=("q", "o")))
+
+
+def torchvision_swin(block: str) -> nn.Module:
+    from torchvision.models import swin_transformer as swin
+
+    return swin.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=3, block=getattr(swin, block))
+
+
+def clip_resnet_pool() -> nn.Module:
+    from open_clip.modified_resnet import AttentionPool2d
+
+    return nn.ModuleDict({"attn": AttentionPool2d(2, 16, 2)})
+
+
+def wavlm_attention() -> nn.Module:
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    return nn.ModuleDict({"attention": WavLMAttention(16, 2)})
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [
+        (lambda: torchvision_swin("SwinTransformerBlock"), r"attn\.(qkv|proj)"),
+        (lambda: torchvision_swin("SwinTransformerBlockV2"), r"attn\.(qkv|proj)"),
+        (clip_resnet_pool, "_proj"),
+        (wavlm_attention, "_proj"),
+        (lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, kdim=8, vdim=8)}), "out_proj"),
+    ],
+    ids=["torchvision's Swin", "v2", "CLIP's ResNet", "WavLM", "kdim"],
+)
+def test_layers_whose_weight_is_handed_to_a_function_are_no_targets(
+    model: Callable[[], nn.Module], pattern: str
+) -> None:
+    with pytest.raises(ValueError, match="is found in no linear layer"):
+        find_sites(model(), pattern)
+    for role in "qkvo":
+        with pytest.raises(ValueError, match=f"no layer for target '{role}'"):
+            find_sites(model(), (role,))
+
+
+class Twice(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused_before_anything_changes() -> None:
+    mlp = nn.ModuleDict({"fc1": Twice(4, 4), "fc2": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"mlp": mlp})
+    for targets in (("fc1", "fc2"), r"fc\d"):
+        with pytest.raises(ValueError, match=r"mlp\.fc1\.fc1: this Twice has a forward of its own.*or leave it out"):
+            inject(model, LoRA(targets=targets))
+    assert all(parameter.requires_grad for parameter in model.parameters()) and type(mlp.fc2) is nn.Linear
+    assert [site.role for site in find_sites(model, "")] == ["fc2"]
+    inject(model, LoRA(targets=("fc2",)))
+
+    replaced = nn.Linear(4, 4)
+    replaced.forward = nn.Linear(4, 4).forward
+    with pytest.raises(ValueError, match="this Linear had its forward replaced"):
+        find_sites(nn.ModuleDict({"fc": replaced}), "fc")
+
+
+def test_attention_with_a_forward_of_its_own_is_refused() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    for role in ("q", "o"):
+        with pytest.raises(ValueError, match="this Own has a forward of its own"):
+            find_sites(nn.ModuleDict({"attn": Own(16, 2)}), (role,))
+
+
+def test_linear_layers_of_the_libraries_that_compute_the_same_are_targets() -> None:
+    from timm.layers import Linear
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    x, kinds = torch.randn(3, 4), (Linear, NonDynamicallyQuantizableLinear, FalconLinear)
+    for kind in kinds:
+        layer = kind(4, 4)
+        before = layer(x)
+        torch.testing.assert_close(inject(layer, LoRA(rank=2, targets="$"))(x), before)

@@ -106,3 +106,22 @@ def test_a_layer_that_runs_twice_adds_up_and_nesting_is_refused() -> None:
     assert {len(s.activations) for s in subspaces.values()} == {13}
     with pytest.raises(ValueError, match="no low-rank layer"), capture(nn.Linear(2, 2)):
         pass
+
+
+def test_a_users_attribute_named_record_is_no_low_rank_layer() -> None:
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert, self.record = small_bert(), list[torch.Tensor]()
+
+        def forward(self, ids: torch.Tensor) -> None:
+            self.record.append(self.bert(ids).last_hidden_state)
+
+    model = Recorder()
+    with capture(model) as subspaces:
+        model(torch.randint(0, 50, (2, 5)))
+    assert len(subspaces) == 4 and len(model.record) == 1
+    alone = nn.Linear(2, 2)
+    alone.record = []
+    with pytest.raises(ValueError, match="no low-rank layer"), capture(alone):
+        pass

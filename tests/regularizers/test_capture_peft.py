@@ -265,6 +265,33 @@ def test_a_backward_pass_that_never_comes_leaves_no_gradient_for_the_next(build:
         torch.testing.assert_close(gradient, gradients(plain)[name])
 
 
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("build", [with_peft, with_ours])
+def test_a_pass_without_a_graph_leaves_nothing_for_the_next_step(build: Any, captured: bool) -> None:
+    """A teacher's pass, in a loop whose loss lives on: no backward pass repeats it, and no later step does."""
+
+    def step(model: nn.Module, penalised: bool) -> Tensor:
+        if not penalised:
+            return model(input_ids=IDS).logits.square().sum()
+        resora = ReSoRA("overlap", weight=1.0)
+        with resora.capture(model) as subspaces:
+            with torch.no_grad():
+                model(input_ids=IDS.flip(0))
+            loss = model(input_ids=IDS).logits.square().sum()
+        return loss + sum(resora(subspaces).values())
+
+    model, fresh = build().train(), build().train()
+    loss = step(model, penalised=True)
+    loss.backward()
+    model.zero_grad()
+    again = step(model, penalised=captured)  # the old loss is still alive
+    again.backward()
+    step(fresh, penalised=captured).backward()
+    assert loss.requires_grad
+    for name, gradient in gradients(fresh).items():
+        torch.testing.assert_close(gradients(model)[name], gradient)
+
+
 @pytest.mark.parametrize("build", [with_peft, with_ours])
 def test_compilation_is_refused(build: Any) -> None:
     with pytest.raises(ValueError, match="is compiled"), capture(torch.compile(build(), backend="eager")):
