@@ -36,6 +36,7 @@ from adapters.lora import LoRA  # noqa: E402
 from adapters.lst import LST  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.moslora import MoSLoRA  # noqa: E402
+from adapters.noah import NOAH  # noqa: E402
 from adapters.peft_export import export_peft  # noqa: E402
 from adapters.peft_import import load_peft  # noqa: E402
 from adapters.prefix import Prefix  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "ADAPTERS",
     "DTL",
     "LST",
+    "NOAH",
     "SSF",
     "VPT",
     "AdaLoRA",

@@ -30,7 +30,7 @@ class AdaLoRA(LowRank):
     rank stays a subspace whose activations are zero. Its pairs count zero in Eq. 6, Eq. 7, the overlap and the mean
     redundancy; Eq. 5 is a function of distances, in which it is a subspace at the origin.
 
-    `training.AdapterTrainer` adds the penalty to the loss and prunes; a loop of your own has to call
+    `training.ReSoRAMixin` adds the penalty to the loss and prunes; a loop without it has to call
     `adapters.loss_parts` and `adapters.after_step`. Importance is that of the gradients which the optimiser gets: with
     the penalties in, clipped. Its statistics are saved with the adapter, so that a resumed run is exact; the file is
     three times as large as LoRA's.

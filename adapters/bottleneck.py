@@ -71,6 +71,11 @@ class Bottlenecked(Extension):
     branches: nn.ModuleDict
     record: Record | None
 
+    def hold(self, bottleneck: Bottleneck) -> None:
+        """Take in the bottleneck, in the mode (training or not) of the module itself."""
+        self.branches = nn.ModuleDict({ROLE: bottleneck.train(self.training)})
+        self.record = None
+
     def bottleneck(self, x: Tensor) -> Tensor:
         """What is added for x: of the same shape."""
         out: Tensor = self.branches[ROLE](x, self.record)
@@ -124,7 +129,7 @@ class BottleneckAdapter:
         for tower in find_towers(model, method=self.name):
             for block in tower.blocks:
                 for path, extension in self.sites(tower, block):
-                    found.append((f"{block.name}.{path}", self.part(block, path), extension, block))
+                    found.append((f"{block.name}.{path}", part_of(block, path, self.name), extension, block))
         layers = [layer for layer, _, extension, _ in found if issubclass(extension, Bottlenecked)]
         for pattern in self.bottleneck_pattern:
             if not any(compiled(pattern).search(layer) for layer in layers):
@@ -138,23 +143,22 @@ class BottleneckAdapter:
                 like = next(m.weight for m in block.module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
                 # ConvNeXt's small sizes run their MLP as 1x1 convolutions, on (B, C, H, W).
                 channels = 1 if getattr(block.module, "use_conv_mlp", False) else -1
-                module = self.module(block.width, size or self.bottleneck, like, channels)
-                extended.branches = nn.ModuleDict({ROLE: module.train(part.training)})
-                extended.record = None
-
-    def part(self, block: Block, path: str) -> nn.Module:
-        """The module at `path` in a block."""
-        try:
-            part: nn.Module = block.module.get_submodule(path)
-        except AttributeError:
-            there = ", ".join(name for name, _ in block.module.named_children())
-            raise ValueError(
-                f"{self.name} goes into a block's {path}, but {block.name} ({type(block.module).__name__}) has {there}"
-            ) from None
-        return part
+                extended.hold(self.module(block.width, size or self.bottleneck, like, channels))
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """See `LowRankAdapter`: the pair of `Bottlenecked.weight_subspaces`."""
         scale: float = getattr(self, "scale", 1.0)
         parts = branch_tensors(tensors)
         return {name: (part["down.weight"].T * scale, part["up.weight"].T) for name, part in parts.items()}
+
+
+def part_of(block: Block, path: str, method: str) -> nn.Module:
+    """The module at `path` in a block; raises ValueError, in the name of `method`, if there is none."""
+    try:
+        part: nn.Module = block.module.get_submodule(path)
+    except AttributeError:
+        there = ", ".join(name for name, _ in block.module.named_children())
+        raise ValueError(
+            f"{method} goes into a block's {path}, but {block.name} ({type(block.module).__name__}) has {there}"
+        ) from None
+    return part

@@ -12,6 +12,7 @@ from adapters.houlsby import Houlsby
 from adapters.lora import LoRA
 from adapters.lst import LST
 from adapters.moslora import MoSLoRA
+from adapters.noah import NOAH
 from adapters.prefix import Prefix
 from adapters.ssf import SSF
 from adapters.unipt import UniPT
@@ -37,4 +38,5 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "fact_tk": FacTTK,
     "dtl": DTL,
     "dtl_plus": DTLPlus,
+    "noah": NOAH,
 }

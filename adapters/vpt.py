@@ -64,11 +64,10 @@ class VPT:
                     windowed.prompts, windowed.dropout = self._fresh(tower, block), self.dropout
                     extend(block.module.attn, PromptedWindows).count = self.prompts
                 else:
-                    prompted = extend(block.module, PromptedBlock)
-                    prompted.prompts = self._fresh(tower, block) if self.deep or index == 0 else None
-                    prompted.removes = self.deep or index == len(tower.blocks) - 1
-                    prompted.count, prompted.dropout = self.prompts, self.dropout
-                    prompted.start = tower.module.num_prefix_tokens if tower.kind == "vit" else 1
+                    prompts = self._fresh(tower, block) if self.deep or index == 0 else None
+                    start = tower.module.num_prefix_tokens if tower.kind == "vit" else 1
+                    removes = self.deep or index == len(tower.blocks) - 1
+                    add_prompts(block.module, prompts, self.prompts, start, removes, self.dropout)
 
     def _check(self, tower: Tower) -> None:
         block, path = tower.blocks[0].module, tower.name or "the model"
@@ -78,12 +77,7 @@ class VPT:
             if not hasattr(block, "_attn") or not hasattr(block.attn, "_get_rel_pos_bias"):
                 raise ValueError(f"vpt works on Swin with norms before attention, but {path} is a {_class(tower)}")
         elif tower.kind == "vit":
-            takes = set(inspect.signature(block.forward).parameters)
-            if not hasattr(tower.module, "num_prefix_tokens") or not {"x", "attn_mask"} <= takes <= _ARGUMENTS:
-                raise ValueError(
-                    f"vpt works on ViTs whose blocks know no positions (they take x, attn_mask, is_causal), but {path} "
-                    f"is a {_class(tower)}, whose blocks take {', '.join(sorted(takes))}"
-                )
+            check_vit(tower, self.name)
 
     def _fresh(self, tower: Tower, block: Block) -> nn.Parameter:
         """New prompts (p, d)."""
@@ -101,6 +95,25 @@ _ARGUMENTS = {"x", "attn_mask", "is_causal"}  # of timm's plain ViT blocks; othe
 
 def _class(tower: Tower) -> str:
     return type(tower.module).__name__
+
+
+def check_vit(tower: Tower, method: str) -> None:
+    """Raise ValueError, in the name of `method`, unless prompts can go among the tokens of this timm ViT's blocks."""
+    takes = set(inspect.signature(tower.blocks[0].module.forward).parameters)
+    if not hasattr(tower.module, "num_prefix_tokens") or not {"x", "attn_mask"} <= takes <= _ARGUMENTS:
+        raise ValueError(
+            f"{method} works on ViTs whose blocks know no positions (they take x, attn_mask, is_causal), but "
+            f"{tower.name or 'the model'} is a {_class(tower)}, whose blocks take {', '.join(sorted(takes))}"
+        )
+
+
+def add_prompts(
+    block: nn.Module, prompts: nn.Parameter | None, count: int, start: int, removes: bool, dropout: float
+) -> None:
+    """Put prompts among the tokens of a block, in place; the arguments are the attributes of `PromptedBlock`."""
+    prompted = extend(block, PromptedBlock)
+    prompted.prompts, prompted.count, prompted.start = prompts, count, start
+    prompted.removes, prompted.dropout = removes, dropout
 
 
 class PromptedBlock(Extension):

@@ -48,6 +48,10 @@ ROWS = (
     Row("ViT-B/16", "lst", "2.38", {"reduction": 8}, why="and 12 gates, one a block"),
     Row("ViT-B/16", "adalora", "0.44", {"rank": 8, "targets": QKV}),
     Row("ViT-B/16", "adaptformer", "0.16", {"bottleneck": 8}),
+    Row(
+        "ViT-B/16", "noah", "0.43", {"prompts": 5, "rank": 5, "bottleneck": 5},
+        why=MIXED.format("numbers in each block, as searched and released: 360,134; 0.43 is unknown"),
+    ),
     Row("ViT-B/16", "ssf", "0.21", {}),
     Row("ViT-B/16", "fact_tk", "0.07", {"rank": 32}, why=MIXED.format("ranks, 13 at 32 and 6 at 16: 68,985")),
     Row("ViT-B/16", "fact_tt", "0.04", {"rank": 16}, why=MIXED.format("ranks, at most 16: 39,734")),

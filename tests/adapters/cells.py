@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vpt": {"prompts": 2},
     "lst": {"reduction": 2},
     "unipt": {"dim": 8},
+    "noah": {"prompts": (2, 0, 1), "rank": (3, 0, 2), "bottleneck": (0, 4, 2), "dropout": 0.0},
 }
 NO_ATTENTION = {"targets": ("fc1", "fc2")}
 
@@ -58,6 +59,7 @@ def configured(method: str, backbone: str) -> Adapter:
     return ADAPTERS[method](**settings)
 
 
+# Of one kind; noah's are of two, LoRA's and a bottleneck's: test_noah.py.
 SUBSPACES = ("lora", "moslora", "adalora", "fact_tt", "fact_tk", "dtl", "dtl_plus", "houlsby", "adaptformer")
 WHOLE = ("full", "linear", "partial", "bitfit")  # no update beside the weights: they train themselves
 BFLOAT16 = 0.05  # of the outputs' norm; docs/adapters.md says so

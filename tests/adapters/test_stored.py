@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters import ADAPTERS, LowRankAdapter, inject, save, stored_subspaces
 
 LOW_RANK = [name for name, kind in ADAPTERS.items() if hasattr(kind, "stored_subspaces")]
-ON_BERT = [name for name in LOW_RANK if not name.startswith("dtl")]  # test_dtl.py has those of images
+ON_BERT = [name for name in LOW_RANK if not name.startswith(("dtl", "noah"))]  # images: test_dtl.py, test_noah.py
 
 
 def bert(layers: int = 2) -> BertModel:
