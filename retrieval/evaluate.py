@@ -58,8 +58,8 @@ def encode(
     (training or evaluation) that it was in.
 
     An item that holds nothing, such as a clip without a readable frame, stays in the gallery, so that results are of
-    the same split for everybody: it is made orthogonal to every caption, and ties are counted half. How many there are
-    is printed.
+    the same split for everybody: it is made orthogonal to every caption, or, where pairs are scored, worse than every
+    other, and ties are counted half. How many there are is printed.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -90,10 +90,14 @@ def encode(
         if model.pair_scores is not None:
             scores = _score_pairs(model, visual, texts, batch_size)
     model.train(was_training)
-    if empty := int((~visual.reshape(len(visual), -1).any(axis=1)).sum()):
-        tqdm.write(f"{empty} of {len(visual)} {data.split} items hold nothing that could be encoded and match nothing")
-    if empty and scores is None:
-        visual, texts = _with_direction(visual, texts)
+    if (empty := ~visual.reshape(len(visual), -1).any(axis=1)).any():
+        tqdm.write(
+            f"{empty.sum()} of {len(visual)} {data.split} items hold nothing that could be encoded and match nothing"
+        )
+        if scores is None:
+            visual, texts = _with_direction(visual, texts)
+        else:
+            scores[empty] = np.nextafter(scores.min(), -np.inf)  # a head that scores pairs gives no frames a score too
     return Encoded(visual, texts, scores)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -25,6 +26,7 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
     Raises:
         FileNotFoundError: if it is neither.
+        ValueError: if the folder holds another kind of model than a BERT, or not all of its weights.
     """
     from transformers import AutoTokenizer, BertModel
 
@@ -32,12 +34,26 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
     if name == "minilm":
         return minilm(cache)
-    if not (Path(name) / "model.safetensors").is_file():
+    if not all((Path(name) / file).is_file() for file in ("config.json", "model.safetensors")):
         raise FileNotFoundError(
             f"model.text={name}: expected 'minilm' or a folder with a BERT in Hugging Face's layout (config.json, "
             "model.safetensors, tokenizer.json); nothing is fetched from a hub"
         )
-    encoder = BertModel.from_pretrained(name, add_pooling_layer=False, local_files_only=True, use_safetensors=True)
+    # transformers loads what it can, and only logs what it leaves random
+    if (kind := json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("model_type")) != "bert":
+        raise ValueError(
+            f"model.text={name} is a model of type {kind!r} (config.json), expected 'bert': the layers of a BERT would "
+            "stay random; give a folder with a BERT, such as bert-base-uncased"
+        )
+    load = cast(Any, BertModel.from_pretrained)  # its type does not know of the second result
+    encoder, loaded = load(
+        name, add_pooling_layer=False, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"model.text={name}: its file lacks {len(missing)} weights of the BERT that config.json describes, "
+            f"{missing[0]} for one, which would stay random; take both files from the same model"
+        )
     return encoder.eval(), AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
@@ -92,6 +108,10 @@ MODELS: dict[str, Callable[..., tuple[RetrievalModel, Any]]] = {
     "clip4clip": clip4clip,
 }
 VISUAL_KINDS = {"vse_infty": VSEInfinity.visual_kind, "clip4clip": CLIP4Clip.visual_kind}
+FITTING = {
+    "regions": "model=vse_infty (embedded encoder) or model=vse_infty_base (as published, on BERT-base)",
+    "frames": "model=clip4clip (embedded encoders, 56 px) or model=clip4clip_vit_b32 (as published, on CLIP ViT-B/32)",
+}  # what the data hold -> files of scripts/conf/model
 
 
 def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path) -> tuple[RetrievalModel, Any]:
@@ -105,6 +125,5 @@ def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path
     if (name := settings.pop("name")) not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     if (takes := VISUAL_KINDS[name]) != holds:
-        fitting = next(other for other, kind in VISUAL_KINDS.items() if kind == holds)
-        raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use model={fitting}")
+        raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use {FITTING[holds]}")
     return MODELS[name](data, cache, **settings)

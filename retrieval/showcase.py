@@ -16,7 +16,7 @@ def save_showcase(run: RunFolder, data: RetrievalDataset, encoded: Encoded, *, q
     """Write retrieved.json and thumbnails/ of a run.
 
     The queries are evenly spaced over the split's captions, chosen before anything is retrieved. An item whose picture
-    cannot be read is a grey square with its number; how many there are is printed.
+    cannot be read, or that has no frames, is a grey square with its number; how many there are is printed.
     """
     k = min(k, len(data))
     chosen = np.unique(np.linspace(0, len(encoded.texts) - 1, queries).astype(np.int64))
@@ -36,10 +36,13 @@ def save_showcase(run: RunFolder, data: RetrievalDataset, encoded: Encoded, *, q
     folder.mkdir(parents=True, exist_ok=True)
     shown, unreadable = np.unique(items).tolist(), list[str]()
     for item in shown:
+        pictures, reason = list[Image.Image](), "it has no frames"
         try:
             pictures = _small(data.thumbnails(item))
         except Exception as error:  # whatever Pillow's decoders raise, it is the file's fault
-            unreadable.append(" ".join(f"item {item}, {type(error).__name__}: {error}".split()))
+            reason = f"{type(error).__name__}: {error}"
+        if not pictures:
+            unreadable.append(" ".join(f"item {item}, {reason}".split()))
             pictures = [placeholder(item)]
         for frame, picture in enumerate(pictures):
             picture.save(folder / (f"{item}.png" if len(pictures) == 1 else f"{item}_{frame}.png"))

@@ -7,22 +7,23 @@
     python scripts/convert_regions.py float16 data/flickr30k --output half/flickr30k
 
 `tsv` reads the files of bottom-up attention, with 36 or (--ragged) 10 to 100 boxes an image, as a stream. `captions`
-writes captions and image numbers alone, for features that are there already. A feature file appears when it is
-complete.
+writes captions alone, for features that are there already: in the order of {split}_ids.txt beside them, or, where there
+is none, in the split file's order, with image numbers. A feature file appears when it is complete.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from command_line import mistakes_in_one_line
 
 from retrieval.data.flickr30k import SOURCE
 from retrieval.regions.bottom_up import convert
-from retrieval.regions.karpathy import NUMBERS, Karpathy, read_karpathy
+from retrieval.regions.karpathy import NUMBERS, Described, Karpathy, read_karpathy
 from retrieval.regions.pictures import write_mapping
-from retrieval.regions.precomputed import write_texts
+from retrieval.regions.precomputed import read_ids, write_texts
 from retrieval.regions.verify import refuse_to_replace, to_float16
 
 
@@ -52,16 +53,36 @@ def captions_alone(arguments: argparse.Namespace) -> None:
     split_file = read_karpathy(arguments.karpathy, arguments.ids)
     arguments.output.mkdir(parents=True, exist_ok=True)
     refuse_to_replace(arguments.output, [f"{split}_caps.txt" for split in split_file.splits])
-    write_captions(split_file, arguments.output)
+    files = {split: arguments.output / f"{split}_ids.txt" for split in split_file.splits}
+    numbered = {split: path for split, path in files.items() if path.is_file()}
+    ordered = {
+        split: in_order_of(numbered[split], images) if split in numbered else images
+        for split, images in split_file.splits.items()
+    }
+    write_captions(split_file._replace(splits=ordered), arguments.output, keep_ids=numbered)
 
 
-def write_captions(split_file: Karpathy, output: Path) -> None:
+def in_order_of(path: Path, images: list[Described]) -> list[Described]:
+    """Those images that an ids file names, in its order, which is that of the features beside it."""
+    by_number = {image.number: image for image in images}
+    numbers = read_ids(path).tolist()
+    if strange := [number for number in numbers if number not in by_number]:
+        raise ValueError(
+            f"{path} names {len(strange)} of {len(numbers)} images that the split file does not have in this split: "
+            f"{listed(strange)}; if it is all of them, they may be other numbers of these images (see --ids)"
+        )
+    return [by_number[number] for number in numbers]
+
+
+def write_captions(split_file: Karpathy, output: Path, keep_ids: Collection[str] = ()) -> None:
+    """Write the captions of all splits, and the numbers of their images but for the splits `keep_ids`."""
     for split, images in split_file.splits.items():
-        write_texts(output, split, [c for image in images for c in image.captions], [image.number for image in images])
+        numbers = None if split in keep_ids else [image.number for image in images]
+        write_texts(output, split, [c for image in images for c in image.captions], numbers)
         print(f"{output / split}: {len(images)} images, {5 * len(images)} captions")
     write_mapping(output, {image.number: image.file for images in split_file.splits.values() for image in images})
     if split_file.left_out:
-        print(f"{split_file.left_out} captions beyond the fifth of an image were left out, as the published files do")
+        print(split_file.left_out_note)
 
 
 def half(arguments: argparse.Namespace) -> None:

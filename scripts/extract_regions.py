@@ -6,8 +6,9 @@
         --weights fasterrcnn.safetensors --float16 --output data/coco
 
 A feature is the box head's output, 1,024 numbers. A graphics card is used where torch sees one; see --device. Launched
-again, a killed extraction goes on. Pictures that cannot be read are left out with their captions, counted, and listed
-in {split}_unreadable.txt; such a split is no longer the published one, so training then needs data.counts=any.
+again, a killed extraction goes on, and a second one into the same folder waits. Pictures that are missing (told at the
+start) or cannot be read are left out with their captions, counted, and listed in {split}_unreadable.txt; such a split
+is no longer the published one, so training then needs data.counts=any.
 """
 
 from __future__ import annotations
@@ -43,16 +44,21 @@ def extract_all(arguments: argparse.Namespace) -> None:
     choice = BoxChoice(fewest=arguments.boxes[0], most=arguments.boxes[-1], score=arguments.score)
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {arguments.device}, but torch sees no CUDA device; leave it out, or give cpu")
-    splits = read_karpathy(arguments.karpathy, arguments.ids).splits
+    split_file = read_karpathy(arguments.karpathy, arguments.ids)
+    splits = split_file.splits
     images = [image for split in splits.values() for image in split]
-    if not any(inside(arguments.images, image.file).is_file() for image in images):
-        raise FileNotFoundError(
-            f"none of {len(images)} pictures is in --images {arguments.images}: {images[0].file}, ..."
+    missing = [image.file for image in images if not inside(arguments.images, image.file).is_file()]
+    if len(missing) == len(images):
+        raise FileNotFoundError(f"none of {len(images)} pictures is in --images {arguments.images}: {missing[0]}, ...")
+    if missing:
+        print(
+            f"{len(missing)} of {len(images)} pictures are not in {arguments.images}, {missing[0]} for one; they and "
+            "their captions are left out"
         )
     output: Path = arguments.output
     model = faster_rcnn(arguments.weights, size=arguments.size).to(arguments.device)
     source = describe_detector(arguments.weights, choice, arguments.size)
-    claim(output, source, [output / f"{split}_ims.npy" for split in splits])
+    claim(output, source, [output / f"{split}_ims.npy{end}" for split in splits for end in ("", ".journal")])
 
     def features_of(picture: Image.Image) -> np.ndarray:
         return region_features(model, picture, choice)
@@ -72,6 +78,8 @@ def extract_all(arguments: argparse.Namespace) -> None:
         print(f"{output / split}: {len(described) - len(unreadable)} images, {len(unreadable)} unreadable")
         for item in unreadable[:10]:
             print(f"  {item.file}: {item.reason}")
+    if split_file.left_out:
+        print(split_file.left_out_note)
     write_mapping(output, {image.number: image.file for image in images})
 
 
@@ -80,7 +88,9 @@ def claim(output: Path, source: str, files: list[Path]) -> None:
     path = output / SOURCE
     earlier = path.read_text(encoding="utf-8").strip() if path.is_file() else "a source that it does not name"
     if earlier != source and any(file.is_file() for file in files):
-        raise ValueError(f"{output} holds features from {earlier}, not from {source}; choose another --output")
+        raise ValueError(
+            f"{output} holds features from {earlier}, not from {source}; choose another --output, or delete them"
+        )
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(source + "\n", encoding="utf-8")
 

@@ -11,8 +11,10 @@ called or compiled.
 
 from __future__ import annotations
 
+import lzma
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -34,6 +36,10 @@ STORAGES = {
     "torch LongStorage": torch.int64,
     "torch BoolStorage": torch.bool,
 }
+DAMAGE = (  # what zipfile, pickletools and the code below raise for bytes that are not what they were
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError, EOFError),
+    *(OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 PUSHED = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"),
@@ -44,10 +50,11 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a TorchScript archive: torch itself tells it by this member."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+    except DAMAGE:
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -69,7 +76,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                 raise ValueError("it holds no module")
             storages: dict[str, bytearray] = {}
             return {name: _tensor(archive, folder, tensor, storages) for name, tensor in _tensors(root, "", ())}
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is no TorchScript archive that can be read: {error}") from error
 
 

@@ -25,6 +25,15 @@ NOT_WEIGHTS = (*OPENAI_ONLY, "attn_mask", "text.attn_mask")  # the latter are co
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
+def check_there(weights: Path) -> None:
+    """Raise a FileNotFoundError that says what is meant, if there is no such file."""
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"no weights at {weights}: expected a local file (nothing is downloaded); for ViT-B/32, ViT-B-32.pt "
+            "that github.com/openai/CLIP publishes; put it there, or set model.weights=FILE"
+        )
+
+
 def load_clip_weights(model: nn.Module, weights: Path, name: str, *, quick_gelu: bool) -> None:
     """Load a file into `model`, in place and in float32.
 
@@ -68,8 +77,7 @@ def load_clip_weights(model: nn.Module, weights: Path, name: str, *, quick_gelu:
 
 def read_clip_weights(weights: Path) -> dict[str, Tensor]:
     """The tensors of a file, by their names in it; raises as `load_clip_weights`."""
-    if not weights.is_file():
-        raise FileNotFoundError(f"no weights at {weights}; weights are local files, nothing is downloaded")
+    check_there(weights)
     if weights.suffix not in SUFFIXES:
         raise ValueError(f"{weights} is no file of weights; expected one that ends in {', '.join(SUFFIXES)}")
     if weights.suffix == ".safetensors":

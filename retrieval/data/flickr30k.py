@@ -8,6 +8,7 @@ where they come from.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from retrieval.data.dataset import SPLITS, fingerprint
-from retrieval.data.verification import Verification
+from retrieval.data.verification import Verification, pretrained_note
 from retrieval.regions.pictures import find_picture, inside, placeholder, read_mapping
 from retrieval.regions.precomputed import read_precomputed
 from retrieval.regions.ragged import Ragged
@@ -36,7 +37,9 @@ Ways to get them:
      python scripts/convert_regions.py tsv FILE.tsv --karpathy {karpathy} --output {folder}
   3. from pictures of your own, with a detector of torchvision (other features, so other numbers):
      python scripts/extract_regions.py --images PICTURES --karpathy {karpathy} --weights FILE --output {folder}
+To train as published: bert-base-uncased's config.json, model.safetensors, tokenizer.json (or vocab.txt) in {bert}
 Then check them: python scripts/prepare_data.py verify data={name}"""
+BERT = "bert-base-uncased"  # under the root: where conf/model/vse_infty_base.yaml looks for it
 
 
 class PublishedRegions:
@@ -196,7 +199,9 @@ class PublishedRegions:
         cls._check_folder(folder)
         published = {prefix: cls.published[prefix] if counts == "published" else None for prefix in cls.files.values()}
         folder_of_pictures = None if pictures is None else Path(pictures)
-        return verify_regions(folder, published, folder_of_pictures, **({"samples": None} if decode else {}))
+        found = verify_regions(folder, published, folder_of_pictures, **({"samples": None} if decode else {}))
+        weights = [Path(root) / BERT / file for file in ("model.safetensors", "config.json")]
+        return replace(found, notes=[pretrained_note("BERT-base, where model=vse_infty_base starts,", *weights)])
 
     @classmethod
     def _check_folder(cls, folder: Path) -> None:
@@ -204,7 +209,14 @@ class PublishedRegions:
         if not any((folder / name).is_file() for name in needed):
             files = "{" + ",".join(cls.files.values()) + "}"
             raise FileNotFoundError(
-                SOURCES.format(name=cls.name, folder=folder, files=files, theirs=cls.theirs, karpathy=cls.karpathy)
+                SOURCES.format(
+                    name=cls.name,
+                    folder=folder,
+                    files=files,
+                    theirs=cls.theirs,
+                    karpathy=cls.karpathy,
+                    bert=folder.parent / BERT,
+                )
             )
 
 

@@ -92,9 +92,10 @@ class MSRVTT:
             return self.cache.frames(video)
         try:
             return self.reading.of(self.files[video])
-        except VideoError as error:
+        except Exception as error:  # whatever a decoder raises, it is the file's fault
             if video not in self.unreadable:
-                self._note({video: error.reason}, "kept, without frames")
+                reason = error.reason if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
+                self._note({video: reason}, "kept, without frames")
             return self.reading.none()
 
     def thumbnails(self, index: int) -> list[Image.Image]:

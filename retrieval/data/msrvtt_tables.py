@@ -30,7 +30,9 @@ It cannot be fetched from here. Put these there, under these names:
       the splits and sentences, from msrvtt_data.zip in the releases of github.com/ArrowLuo/CLIP4Clip
   videos/video0.mp4 ... videos/video9999.mp4
       the clips, from the data set's authors (Xu et al., CVPR 2016); .webm, .mkv, .avi and .mov are found too
+To train as published, beside them: OpenAI's ViT-B-32.pt (from github.com/openai/CLIP) as {clip}
 Then: python scripts/prepare_data.py data=msrvtt; `verify` tells what is missing."""
+CLIP = "ViT-B-32.pt"  # under the root: where conf/model/clip4clip_vit_b32.yaml looks for it
 
 
 def train_file(train: str) -> str:
@@ -43,7 +45,7 @@ def train_file(train: str) -> str:
 def check_files(folder: Path, names: Iterable[str]) -> None:
     """Raise a FileNotFoundError that says what to get, and where to put it, if one is missing."""
     if missing := [name for name in names if not (folder / name).exists()]:
-        raise FileNotFoundError(NEEDED.format(folder=folder, missing=", ".join(missing)))
+        raise FileNotFoundError(NEEDED.format(folder=folder, missing=", ".join(missing), clip=folder.parent / CLIP))
 
 
 def training_videos(folder: Path, train: str) -> list[str]:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from retrieval.data.msrvtt_options import MSRVTTOptions
 from retrieval.data.msrvtt_tables import (
+    CLIP,
     DATA_FILE,
     PUBLISHED,
     TEST_FILE,
@@ -20,7 +21,7 @@ from retrieval.data.msrvtt_tables import (
     find_videos,
     train_file,
 )
-from retrieval.data.verification import SplitCount, Verification
+from retrieval.data.verification import SplitCount, Verification, pretrained_note
 from retrieval.video.cache import CacheFiles, FrameCache
 from retrieval.video.cache_writer import TIME_LIMIT, cores
 from retrieval.video.reading import Reading, problem_of
@@ -71,7 +72,8 @@ def verify_msrvtt(
         videos_of_train = lists[chosen.train_list]["video_id"].unique().tolist()
         carved = len(carve_validation(videos_of_train, chosen.validation, chosen.validation_seed))
         splits.insert(1, SplitCount("validation, of these", carved, carved))
-    return Verification(splits, problems)
+    note = pretrained_note("CLIP ViT-B/32, where model=clip4clip_vit_b32 starts,", folder.parent / CLIP)
+    return Verification(splits, problems, [note])
 
 
 def _unreadable(
@@ -93,7 +95,8 @@ def _of_cache(files: CacheFiles, videos: Mapping[str, Path]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     if cache is None:
-        return []
+        lost = f"{files.name}: the frame cache has lost its frames, {files.pixels}; prepare it again"
+        return [lost] if files.description.is_file() else []
     problems = []
     if cache.rows.keys() != videos.keys():
         problems.append(f"the frame cache {files.description} is for other videos; delete it")

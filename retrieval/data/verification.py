@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
@@ -38,10 +39,12 @@ class Verification:
     Attributes:
         splits: one entry a split.
         problems: in words, each with the file or item it is about; an empty list is a data set that is whole.
+        notes: what else a training needs, and whether it is there.
     """
 
     splits: Sequence[SplitCount]
     problems: Sequence[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
     def table(self) -> pd.DataFrame:
         """One row a split, with the published counts beside those of the files."""
@@ -60,9 +63,15 @@ class Verification:
         return pd.DataFrame(rows).set_index("split")
 
     def text(self) -> str:
-        """For people: the table, then the first problems and how many more there are."""
-        lines = [self.table().to_string(), ""]
+        """For people: the table, the notes, then the first problems and how many more there are."""
+        lines = [self.table().to_string(), "", *self.notes]
         lines += [f"- {problem}" for problem in self.problems[:SHOWN]]
         if (more := len(self.problems) - SHOWN) > 0:
             lines.append(f"- and {more} more")
         return "\n".join([*lines, "nothing is wrong" if not self.problems else f"{len(self.problems)} problems"])
+
+
+def pretrained_note(what: str, *files: Path) -> str:
+    """Whether what a data set's published recipe starts from is at its default place."""
+    missing = [str(file) for file in files if not file.is_file()]
+    return f"{what} is {'not there yet' if missing else 'there'}: {', '.join(missing) or files[0]}"

@@ -1,7 +1,8 @@
 """Extract the features of a split's pictures into the published layout; a killed extraction goes on where it was.
 
 Pictures are taken in order and their regions appended to `{split}_ims.npy.partial`. A journal beside it has a line for
-each picture that is done, written after its regions, so that what the journal says is on the disk.
+each picture that is done, written after its regions, so that what the journal says is on the disk. One process at a
+time extracts a split; a second one waits, and finds it finished.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from retrieval.locking import only_writer
 from retrieval.regions.bottom_up import save_offsets
 from retrieval.regions.feature_file import FeatureFile
+from retrieval.regions.journal import Journal
 from retrieval.regions.karpathy import Described
 from retrieval.regions.pictures import inside
 from retrieval.regions.precomputed import open_npy, write_texts
@@ -60,54 +63,58 @@ def extract(
         `{split}_unreadable.txt`.
 
     Raises:
-        ValueError: the extraction was begun or finished in another way or for other pictures, a picture's name leads
-            out of the folder, or no picture could be read.
+        ValueError: the extraction was begun or finished in another way or for other pictures, pictures that were not
+            there when it finished are there now, a picture's name leads out of the folder, or no picture could be read.
     """
     path, listed = folder / f"{split}_ims.npy", folder / f"{split}_unreadable.txt"
     settings = {"source": source, "half": half, "images": len(images), "pictures": _digest(images)}
-    journal = _Journal(folder / f"{split}_ims.npy.journal", settings)
-    if path.is_file():
-        unreadable = [Unreadable(*line.split("\t", 1)) for line in _lines(listed)]
-        _check_finished(path, folder / f"{split}_ids.txt", images, unreadable, half=half)
-        journal.path.unlink(missing_ok=True)
+    journal = Journal(folder / f"{split}_ims.npy.journal", settings)
+    with only_writer(folder / f"{split}_ims.npy.lock"):
+        if path.is_file():
+            unreadable = [Unreadable(*line.split("\t", 1)) for line in _lines(listed)]
+            _check_finished(path, folder / f"{split}_ids.txt", images, unreadable, half=half)
+            _check_still_missing(path, pictures, unreadable)
+            journal.path.unlink(missing_ok=True)
+            return unreadable
+        paths = [inside(pictures, image.file) for image in images]
+        done = journal.begin(FeatureFile.rows_there(path, width, half=half), [image.number for image in images])
+        row = sum(entry["boxes"] for entry in done)
+        with (
+            FeatureFile(path, width, half=half, keep_rows=row) as file,
+            tqdm(total=len(images), initial=len(done), desc=split, unit="picture") as bar,
+        ):
+            for image, picture in list(zip(images, paths, strict=True))[len(done) :]:
+                entry: dict[str, Any] = {"number": image.number, "boxes": 0}
+                try:
+                    pixels = read_picture(picture)
+                except Exception as error:  # whatever Pillow's decoders raise, it is the file's fault
+                    entry["unreadable"] = " ".join(f"{type(error).__name__}: {error}".split())
+                else:
+                    features = features_of(pixels)
+                    file.write(row, features)
+                    file.flush()
+                    entry["boxes"] = len(features)
+                    row += len(features)
+                done.append(entry)
+                journal.append(entry)
+                bar.update()
+            there = [image for image, entry in zip(images, done, strict=True) if "unreadable" not in entry]
+            if not there:
+                reason = done[0]["unreadable"]
+                raise ValueError(f"none of the {len(images)} pictures of {split} could be read: {reason}")
+            unreadable = [
+                Unreadable(image.file, entry["unreadable"])
+                for image, entry in zip(images, done, strict=True)
+                if "unreadable" in entry
+            ]
+            listed.write_text("".join(f"{item.file}\t{item.reason}\n" for item in unreadable), encoding="utf-8")
+            captions = [caption for image in there for caption in image.captions]
+            write_texts(folder, split, captions, [image.number for image in there])
+            sizes = [entry["boxes"] for entry in done if "unreadable" not in entry]
+            save_offsets(folder, split, None if fixed else np.cumsum([0, *sizes]))
+            file.finish((len(there), row // len(there), width) if fixed else (row, width))
+        journal.path.unlink()
         return unreadable
-    paths = [inside(pictures, image.file) for image in images]
-    done = journal.begin(FeatureFile.rows_there(path, width, half=half))
-    row = sum(entry["boxes"] for entry in done)
-    with (
-        FeatureFile(path, width, half=half, keep_rows=row) as file,
-        tqdm(total=len(images), initial=len(done), desc=split, unit="picture") as bar,
-    ):
-        for image, picture in list(zip(images, paths, strict=True))[len(done) :]:
-            entry: dict[str, Any] = {"number": image.number, "boxes": 0}
-            try:
-                pixels = read_picture(picture)
-            except Exception as error:  # whatever Pillow's decoders raise, it is the file's fault
-                entry["unreadable"] = " ".join(f"{type(error).__name__}: {error}".split())
-            else:
-                features = features_of(pixels)
-                file.write(row, features)
-                file.flush()
-                entry["boxes"] = len(features)
-                row += len(features)
-            done.append(entry)
-            journal.append(entry)
-            bar.update()
-        there = [image for image, entry in zip(images, done, strict=True) if "unreadable" not in entry]
-        if not there:
-            raise ValueError(f"none of the {len(images)} pictures of {split} could be read: {done[0]['unreadable']}")
-        unreadable = [
-            Unreadable(image.file, entry["unreadable"])
-            for image, entry in zip(images, done, strict=True)
-            if "unreadable" in entry
-        ]
-        listed.write_text("".join(f"{item.file}\t{item.reason}\n" for item in unreadable), encoding="utf-8")
-        write_texts(folder, split, [c for image in there for c in image.captions], [image.number for image in there])
-        sizes = [entry["boxes"] for entry in done if "unreadable" not in entry]
-        save_offsets(folder, split, None if fixed else np.cumsum([0, *sizes]))
-        file.finish((len(there), row // len(there), width) if fixed else (row, width))
-    journal.path.unlink()
-    return unreadable
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -140,33 +147,13 @@ def _check_finished(
         )
 
 
-class _Journal:
-    """A line of JSON for each picture that is done, after a first one that says how."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-
-    def begin(self, rows: int) -> list[dict[str, Any]]:
-        """The entries of before whose regions are among the `rows` on the disk; the file then holds them alone."""
-        entries: list[dict[str, Any]] = []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
-        if lines:  # the last element of the split, dropped above, is empty or a line that was cut off
-            if (earlier := json.loads(lines[0])) != self.settings:
-                raise ValueError(
-                    f"{self.path} was begun with {earlier}, not with {self.settings} (pictures: a digest of their "
-                    "numbers and files); give the split file and the options that it was begun with, or delete it and "
-                    "its .partial file to begin anew"
-                )
-            entries = [json.loads(line) for line in lines[1:]]
-        while sum(entry["boxes"] for entry in entries) > rows:
-            entries.pop()
-        text = "".join(json.dumps(line) + "\n" for line in [self.settings, *entries])
-        self.path.write_text(text, encoding="utf-8")
-        return entries
-
-    def append(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+def _check_still_missing(path: Path, pictures: Path, unreadable: Sequence[Unreadable]) -> None:
+    missing = [item.file for item in unreadable if item.reason.startswith(FileNotFoundError.__name__)]
+    if there := [file for file in missing if inside(pictures, file).is_file()]:
+        raise ValueError(
+            f"{path} is finished without {len(missing)} pictures that were missing; {len(there)} pictures are there "
+            f"now, {there[0]} for one; delete {path} to extract anew"
+        )
 
 
 def _lines(path: Path) -> list[str]:

@@ -33,6 +33,10 @@ class Karpathy(NamedTuple):
     splits: dict[str, list[Described]]
     left_out: int
 
+    @property
+    def left_out_note(self) -> str:
+        return f"{self.left_out} captions beyond the fifth of an image were left out, as the published files do"
+
 
 def read_karpathy(path: Path, numbers: str = "imgid") -> Karpathy:
     """Read a split file. COCO's restval belongs to train.

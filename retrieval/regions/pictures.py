@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,11 +41,14 @@ def find_picture(folder: Path, number: int, names: Mapping[int, str]) -> Path | 
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder` / `name`; raises ValueError if a name that came from a file leads out of the folder."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    """`folder` / `name`; raises ValueError if a name that came from a file leads out of the folder.
+
+    Names alone are judged: a picture may be a symbolic link out of it, as in the folders of Hugging Face and git-annex.
+    """
+    path = Path(os.path.normpath(name))
+    if path.anchor or path.parts[:1] == ("..",):
         raise ValueError(f"{name!r} leads out of {folder}; names of pictures must stay inside it")
-    return path
+    return folder / path
 
 
 def placeholder(number: int) -> Image.Image:

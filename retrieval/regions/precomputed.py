@@ -60,7 +60,7 @@ def read_precomputed(folder: Path, split: str) -> Precomputed:
         )
     if per_image == 1 and _is_repeated(features):
         features, per_image = features[::CAPTIONS_PER_IMAGE], CAPTIONS_PER_IMAGE
-    ids = _read_ids(numbers, len(features)) if numbers.is_file() else np.arange(len(features), dtype=np.int64)
+    ids = read_ids(numbers, len(features)) if numbers.is_file() else np.arange(len(features), dtype=np.int64)
     return Precomputed(features, captions, np.arange(len(captions), dtype=np.int64) // per_image, ids)
 
 
@@ -70,9 +70,11 @@ def write_precomputed(folder: Path, split: str, features: np.ndarray, captions: 
     write_texts(folder, split, captions, range(len(features)))
 
 
-def write_texts(folder: Path, split: str, captions: Sequence[str], ids: Sequence[int]) -> None:
-    """Write the captions and the numbers of the images of one split, each file at once."""
+def write_texts(folder: Path, split: str, captions: Sequence[str], ids: Sequence[int] | None) -> None:
+    """Write the captions and the numbers of the images of one split, each file at once; numbers None: leave theirs."""
     for kind, lines in (("caps", captions), ("ids", ids)):
+        if lines is None:
+            continue
         path = Path(folder) / f"{split}_{kind}.txt"
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -128,13 +130,23 @@ def _read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def _read_ids(path: Path, images: int) -> np.ndarray:
+def read_ids(path: Path, images: int | None = None) -> np.ndarray:
+    """The number of each image, (n,) int64, from a file with a line for each image or for each of its five captions.
+
+    Args:
+        path: of `{split}_ids.txt`.
+        images: n; None for as many as the file names.
+
+    Raises:
+        ValueError: a line is no number, there are not so many images, or one is named twice.
+    """
     lines = _read_lines(path)
     if bad := [f"line {number}: {line!r}" for number, line in enumerate(lines, 1) if not line.isdecimal()]:
         raise ValueError(
             f"{path} has lines that are no number ({', '.join(bad[:3])}); expected one image number a line"
         )
     ids = np.array(lines, dtype=np.int64)
+    images = len(np.unique(ids)) if images is None else images
     if len(ids) == CAPTIONS_PER_IMAGE * images:
         groups = ids.reshape(-1, CAPTIONS_PER_IMAGE)
         if uneven := np.flatnonzero((groups != groups[:, :1]).any(axis=1)).tolist():

@@ -76,6 +76,11 @@ class CacheFiles:
         return self.path(".json")
 
     @property
+    def laid_out(self) -> bool:
+        """Whether there is a cache, complete or not: without its frames, a description describes nothing."""
+        return self.description.is_file() and self.pixels.is_file()
+
+    @property
     def journal(self) -> Path:
         return self.path(".items.jsonl")
 
@@ -105,8 +110,8 @@ class FrameCache:
 
     def __init__(self, files: CacheFiles) -> None:
         self.files = files
-        if not (files.description.is_file() and files.pixels.is_file()):
-            raise FileNotFoundError(f"there is no frame cache {files.description}")
+        if not files.laid_out:
+            raise FileNotFoundError(f"there is no frame cache of {files.description} and {files.pixels}")
         described = json.loads(files.description.read_text(encoding="utf-8"))
         expected = description(files.reading, described.get("clips", []))
         if described != expected:
@@ -121,7 +126,7 @@ class FrameCache:
     @classmethod
     def find(cls, files: CacheFiles) -> FrameCache | None:
         """The cache if there is one."""
-        return cls(files) if files.description.is_file() else None
+        return cls(files) if files.laid_out else None
 
     def __contains__(self, clip: str) -> bool:
         return clip in self.items

@@ -12,9 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +20,9 @@ from types import TracebackType
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from retrieval.locking import only_writer
 from retrieval.video.cache import CacheFiles, FrameCache, Item, description, read_journal
 from retrieval.video.frames import VideoError
 from retrieval.video.reading import Reading
@@ -98,21 +96,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def only_writer(lock: Path) -> Iterator[None]:
-    """Hold `lock`, or say that another process does and wait for it. A process that is killed lets go of it."""
-    held = FileLock(lock)
-    try:
-        held.acquire(timeout=1)
-    except Timeout:
-        warnings.warn(f"another process holds {lock}; waiting until it has finished", stacklevel=3)
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
 class _Writer:
     """The open files of a cache. An item is journaled after its frames are on the disk, never before."""
 
@@ -181,7 +164,7 @@ def _read(
 def _begin(files: CacheFiles, clips: list[str]) -> None:
     """Lay out an empty cache, or check that the one that is there is for these clips."""
     wanted = description(files.reading, clips)
-    if files.description.is_file():
+    if files.laid_out:
         if FrameCache(files).rows != {clip: row for row, clip in enumerate(clips)}:
             raise ValueError(
                 f"{files.description} was written for other clips than the {len(clips):,} that the data set has now; "
@@ -194,7 +177,8 @@ def _begin(files: CacheFiles, clips: list[str]) -> None:
             f"{files.pixels} needs up to {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; make room, link "
             f"{files.folder} to a larger disk, or keep fewer or smaller frames (data.frames, data.size)"
         )
-    files.journal.unlink(missing_ok=True)
+    for left in (files.description, files.journal):  # of a cache whose frames were deleted
+        left.unlink(missing_ok=True)
     np.lib.format.open_memmap(files.pixels, mode="w+", dtype=np.uint8, shape=files.shape(len(clips)))
     partial_file = files.path(".json.partial")
     partial_file.write_text(json.dumps(wanted), encoding="utf-8")

@@ -18,7 +18,16 @@ import av
 import numpy as np
 from PIL import Image
 
-from retrieval.video.timeline import Timeline, VideoError, decode, decode_only, orientation, timeline, video_stream
+from retrieval.video.timeline import (
+    Timeline,
+    VideoError,
+    decode,
+    decode_only,
+    open_video,
+    orientation,
+    timeline,
+    video_stream,
+)
 
 __all__ = ["BACKENDS", "RESIZING", "SLICINGS", "VideoError", "frame_indices", "read_frames", "resize_and_crop"]
 
@@ -180,7 +189,7 @@ def pyav_frames(path: str | PathLike[str], indices: np.ndarray, line: Timeline, 
 def _sought(path: str | PathLike[str], indices: np.ndarray, line: Timeline, short: int | None) -> list[np.ndarray]:
     groups = np.searchsorted(line.keys, indices, side="right") - 1
     kept: dict[int, np.ndarray] = {}
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         stream = video_stream(path, container)
         for group in np.unique(groups):
             container.seek(cast(int, line.times[line.keys[group]]), stream=stream)
@@ -193,7 +202,7 @@ def _sought(path: str | PathLike[str], indices: np.ndarray, line: Timeline, shor
 def _in_order(path: str | PathLike[str], indices: np.ndarray, line: Timeline, short: int | None) -> list[np.ndarray]:
     kept: list[np.ndarray] = []
     wanted, last = set(indices.tolist()), int(indices[-1])
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         frames = decode(path, container, video_stream(path, container))
         for position, frame in enumerate(islice(frames, last + 1)):
             if frame.pts != line.times[position]:
@@ -220,7 +229,7 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 
 def _size(path: str | PathLike[str]) -> tuple[int, int]:
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         stream = video_stream(path, container)
         return stream.width, stream.height
 

@@ -79,7 +79,7 @@ def timeline(path: str | PathLike[str]) -> Timeline:
     if (size := Path(path).stat().st_size) == 0:
         raise VideoError(path, "the file is empty")
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             stream = video_stream(path, container)
             fps, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
             if "mp4" not in container.format.name:
@@ -94,6 +94,11 @@ def timeline(path: str | PathLike[str]) -> Timeline:
         raise VideoError(path, f"it is truncated: {size} bytes, but its index names frames up to byte {max(indexed)}")
     line = _from_packets(packets, fps, whole_index=len(indexed) == len(packets))
     return _checked(path, replace(line, plain=plain, unit=unit))
+
+
+def open_video(path: str | PathLike[str]) -> av.container.InputContainer:
+    """A file to read; a title or comment that is not UTF-8, which nobody asks for, does not end in an error."""
+    return av.open(str(path), metadata_errors="replace")
 
 
 def video_stream(path: str | PathLike[str], container: av.container.InputContainer) -> av.VideoStream:

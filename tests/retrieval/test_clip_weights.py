@@ -5,8 +5,10 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -18,6 +20,7 @@ from retrieval.batch import Captions, collate_text
 from retrieval.clip4clip.tokenizer import ClipTokenizer
 from retrieval.clip4clip.torchscript_archive import read_torchscript
 from retrieval.clip4clip.towers import open_clip_tower
+from retrieval.clip4clip.weights import read_clip_weights
 from retrieval.models import clip4clip
 
 NUMBERS = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
@@ -244,3 +247,30 @@ def test_padding_tokens_are_no_samples_of_a_regularizer() -> None:
     rows = {name: len(pair.activations) for name, pair in subspaces.items()}
     assert {count for name, count in rows.items() if "visual" not in name} == {7}
     assert {count for name, count in rows.items() if "visual" in name} == {3 * 5}  # frames x (class and 4 patches)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_damaged_archive_ends_in_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.jit.save(torch.jit.script(Leaf({"a.weight": torch.arange(12.0).view(3, 4), "b": torch.zeros(2)})), path)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[random.integers(len(whole))] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        read_or_refuse(path)
+    for _ in range(300):  # past the checksums of the zip file, as another writer's mistake is
+        changed = {name: bytearray(content) for name, content in members.items()}
+        (index,) = [name for name in members if name.endswith("data.pkl")]
+        changed[index][random.integers(len(changed[index]))] = random.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in changed.items():
+                archive.writestr(name, bytes(content))
+        read_or_refuse(path)
+
+
+def read_or_refuse(path: Path) -> None:
+    with suppress(ValueError):
+        read_clip_weights(path)

@@ -155,6 +155,32 @@ def test_float16_copy(tmp_path: Path) -> None:
         to_float16(source, output)
 
 
+@pytest.mark.parametrize("lines", [1, 5])
+def test_captions_come_in_the_order_of_the_features_that_are_there(tmp_path: Path, lines: int) -> None:
+    split_file, output = write_karpathy(tmp_path / "flickr.json"), tmp_path / "flickr30k"
+    output.mkdir()
+    np.save(output / "train_ims.npy", np.stack([regions(4), regions(11)]))
+    numbers = "".join(f"{number}\n" * lines for number in (4, 11))
+    (output / "train_ids.txt").write_text(numbers)
+    convert_regions.main(["captions", "--karpathy", str(split_file), "--output", str(output)])
+    read = read_precomputed(output, "train")
+    for number, features, caption in zip(read.ids, read.features, read.captions[::5], strict=True):
+        assert np.array_equal(features, regions(number)) and caption == f"Caption 0 of {number} ."
+    assert (output / "train_ids.txt").read_text() == numbers
+    assert (output / "dev_ids.txt").read_text() == "9\n", "the split file's, where there are none"
+
+
+def test_numbers_that_the_split_file_does_not_have_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    split_file, output = write_karpathy(tmp_path / "flickr.json"), tmp_path / "flickr30k"
+    output.mkdir()
+    for numbers, message in (("9\n11\n", "names 1 of 2 images"), ("4\n4\n11\n", "3 lines, expected one for each of 2")):
+        (output / "train_ids.txt").write_text(numbers)
+        with pytest.raises(SystemExit, match="2"):
+            convert_regions.main(["captions", "--karpathy", str(split_file), "--output", str(output)])
+        assert message in capsys.readouterr().err
+        assert [path.name for path in output.iterdir()] == ["train_ids.txt"]
+
+
 # ---- the command
 
 

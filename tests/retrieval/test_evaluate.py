@@ -61,3 +61,30 @@ def test_an_image_for_each_caption_changes_no_embedding(batch_size: int) -> None
     np.testing.assert_array_equal(found[True].images, found[False].images)
     np.testing.assert_array_equal(found[False].images, np.stack([Split().visual(image) for image in range(IMAGES)]))
     np.testing.assert_array_equal(found[True].texts, found[False].texts)
+
+
+class Empty(Split):
+    """Its third image holds nothing."""
+
+    def visual(self, index: int) -> np.ndarray:
+        return super().visual(index) * (index != 2)
+
+
+class PairModel(Model):
+    """Scores pairs by a distance, so that nothing is nearer than zeros are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair_scores = lambda texts, images: -torch.cdist(texts, images)
+
+
+def test_what_holds_nothing_is_last_where_pairs_are_scored(capsys: pytest.CaptureFixture) -> None:
+    captions = SimpleNamespace(ids=[[number % WIDTH] for number in range(CAPTIONS)])
+    encoded = encode(PairModel(), Empty(), captions)
+    others = np.arange(IMAGES) != 2
+    expected = -np.linalg.norm(encoded.images[others, None] - encoded.texts, axis=-1)
+    np.testing.assert_allclose(encoded.scores[others], expected, rtol=1e-6)
+    assert (encoded.scores[2] < encoded.scores[others].min()).all() and np.isfinite(encoded.scores).all()
+    assert "1 of 7 test items hold nothing" in capsys.readouterr().out
+    assert 2 not in encoded.top_k(np.arange(CAPTIONS), IMAGES - 1)[1]
+    assert encoded.metrics(Split.image_of_caption)["t2i_MeanR"] > 1

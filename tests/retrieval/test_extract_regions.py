@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 
 from retrieval.regions.extraction import extract
 from retrieval.regions.karpathy import Described
+from retrieval.regions.pictures import inside
 from retrieval.regions.precomputed import read_precomputed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -129,13 +132,81 @@ def test_unreadable_pictures_are_left_out_and_listed(pictures: Path) -> None:
     assert run_extraction(pictures, fixed=True, half=True) == unreadable
 
 
+def test_pictures_that_came_after_the_end_are_not_passed_over(pictures: Path) -> None:
+    moved = (pictures / "4.png").rename(pictures / "elsewhere.png")
+    (pictures / "1.png").write_bytes(b"not a picture")
+    assert [item.file for item in run_extraction(pictures)] == ["1.png", "4.png"]
+    assert len(run_extraction(pictures)) == 2, "neither is there"
+    moved.rename(pictures / "4.png")
+    with pytest.raises(ValueError, match=r"1 pictures are there now, 4\.png for one; delete .*dev_ims\.npy to extract"):
+        run_extraction(pictures)
+    (pictures / "dev_ims.npy").unlink()
+    assert [item.file for item in run_extraction(pictures)] == ["1.png"]
+    assert read_precomputed(pictures, "dev").ids.tolist() == [50, 52, 53, 54, 55]
+
+
+def test_pictures_that_could_not_be_read_before_a_kill_are_tried_again(pictures: Path) -> None:
+    """As when a network drive was gone for a while, and somebody saw it."""
+    for number in (2, 3):
+        (pictures / f"{number}.png").rename(pictures / f"away{number}.png")
+    assert interrupted(pictures, after=2) == [20, 30]
+    for number in (2, 3):
+        (pictures / f"away{number}.png").rename(pictures / f"{number}.png")
+    assert run_extraction(pictures) == []
+    assert read_precomputed(pictures, "dev").ids.tolist() == [50, 51, 52, 53, 54, 55]
+
+
+def test_a_second_extraction_waits_for_the_first(pictures: Path) -> None:
+    begun, results = threading.Event(), list[list]()
+
+    def slow(image: Image.Image) -> np.ndarray:
+        begun.set()
+        time.sleep(0.3)
+        return mean_colours(image)
+
+    first = threading.Thread(target=lambda: results.append(run_extraction(pictures, slow)))
+    first.start()
+    begun.wait()
+    with pytest.warns(UserWarning, match=r"another process holds .*dev_ims\.npy\.lock"):
+        assert run_extraction(pictures, lambda _: pytest.fail("extracted twice")) == []
+    first.join()
+    assert results == [[]] and len(read_precomputed(pictures, "dev").features) == 6
+
+
+def test_a_journal_of_other_pictures_is_refused(pictures: Path) -> None:
+    interrupted(pictures, after=3)
+    journal = pictures / "dev_ims.npy.journal"
+    settings, first, *others = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([settings, first, first, *others]))
+    with pytest.raises(ValueError, match=r"journal has its pictures in another order .* delete it and its \.partial"):
+        run_extraction(pictures)
+
+
+def test_pictures_may_be_links(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As in a snapshot of Hugging Face's cache; a name, though, must not lead out."""
+    links = tmp_path_factory.mktemp("snapshot")
+    for number in range(6):
+        (links / f"{number}.png").symlink_to(pictures / f"{number}.png")
+    run_extraction(links)
+    assert len(read_precomputed(links, "dev").features) == 6
+    assert inside(links, "sub/../0.png") == links / "0.png"
+    for name in ("../secret.png", "sub/../../secret.png", "/secret.png", ".."):
+        with pytest.raises(ValueError, match="leads out of"):
+            inside(links, name)
+
+
 # ---- the command
 
 
-def write_split_file(path: Path) -> Path:
+def write_split_file(path: Path, captions: int = 5) -> Path:
     splits = ["train", "train", "val", "test"]
     images = [
-        {"imgid": n, "filename": f"{n}.png", "split": split, "sentences": [{"raw": f"{n} {m}"} for m in range(5)]}
+        {
+            "imgid": n,
+            "filename": f"{n}.png",
+            "split": split,
+            "sentences": [{"raw": f"{n} {m}"} for m in range(captions)],
+        }
         for n, split in enumerate(splits)
     ]
     path.write_text(json.dumps({"dataset": "flickr30k", "images": images}))
@@ -190,3 +261,28 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         printed = capsys.readouterr().err
         assert message in printed and len(printed.strip().splitlines()) == 1
     assert extract_regions.parser().format_help().count("python scripts/extract_regions.py ") >= 2
+
+
+def test_what_is_left_out_is_said(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said_at_the_start: list[str] = []
+
+    def features(*_: object) -> np.ndarray:
+        said_at_the_start.append(capsys.readouterr().out)
+        return np.ones((36, 1024), np.float32)
+
+    monkeypatch.setattr(extract_regions, "faster_rcnn", lambda weights, size: nn.Identity())
+    monkeypatch.setattr(extract_regions, "region_features", features)
+    (pictures / "1.png").unlink()
+    split_file = write_split_file(tmp_path / "split.json", captions=6)
+    files = ["--images", str(pictures), "--karpathy", str(split_file), "--output", str(tmp_path / "out")]
+    extract_regions.main(["--random-weights", *files])
+    assert f"1 of 4 pictures are not in {pictures}, 1.png for one" in said_at_the_start[0]
+    assert "4 captions beyond the fifth of an image were left out" in capsys.readouterr().out
+    (tmp_path / "out" / "train_ims.npy").rename(tmp_path / "out" / "train_ims.npy.journal")
+    for split in ("dev", "test"):
+        (tmp_path / "out" / f"{split}_ims.npy").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        extract_regions.main(["--random-weights", "--size", "90", *files])
+    assert "holds features from" in capsys.readouterr().err, "one that is begun is not given another source"

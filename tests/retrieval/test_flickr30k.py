@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from region_folders import captions_of, features_of, write_folder, write_split
 
 from retrieval.data import COCO, DATASETS, Flickr30K
+from retrieval.models import build_model
 
 
 @pytest.fixture
@@ -189,3 +192,26 @@ def test_verify_names_what_is_wrong(root: Path, tmp_path: Path) -> None:
     assert Flickr30K.verify(root, counts="any", decode=True).splits[0].unreadable == 1
     (folder / "dev_ids.txt").unlink()
     assert any("dev_ids.txt is missing" in problem for problem in Flickr30K.verify(root, counts="any").problems)
+
+
+def test_verify_says_whether_the_pretrained_weights_are_there(root: Path) -> None:
+    folder = root / "bert-base-uncased"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    missing = Flickr30K.verify(root, counts="any")
+    assert f" is not there yet: {folder / 'model.safetensors'}\n" in missing.text() and not missing.problems
+    (folder / "model.safetensors").touch()
+    assert f" is there: {folder / 'model.safetensors'}\n" in Flickr30K.verify(root, counts="any").text()
+    with pytest.raises(FileNotFoundError, match=f"bert-base-uncased's config.json, .* in {root / 'x' / folder.name}"):
+        Flickr30K.verify(root / "x")
+
+
+@pytest.mark.parametrize(("data", "model"), [("flickr30k", "clip4clip"), ("msrvtt", "vse_infty")])
+def test_a_model_that_does_not_fit_is_told_both_that_do(data: str, model: str) -> None:
+    shape = (2, 3) if data == "flickr30k" else (2, 8, 8, 3)
+    held = SimpleNamespace(name=data, visual=lambda index: np.zeros(shape))
+    with pytest.raises(ValueError, match=f"{model!r} takes .*but data {data!r} holds") as told:
+        build_model({"name": model}, held, Path())
+    known = {path.stem for path in (Path(__file__).parents[2] / "scripts" / "conf" / "model").glob("*.yaml")}
+    fitting = set(re.findall(r"model=(\w+)", str(told.value)))
+    assert len(fitting) == 2 and fitting < known

@@ -117,6 +117,13 @@ def test_a_damaged_picture_is_a_grey_square_of_the_report(
     again = train(other)
     assert again.finished and (again.path / "report.html").is_file()
 
+    # What has been lost of it comes back.
+    assert not (again.path / "retrieved.json").exists()
+    monkeypatch.undo()
+    train(other)
+    assert again.read_json("retrieved.json") == run.read_json("retrieved.json")
+    assert "Not shown" not in (again.path / "report.html").read_text()
+
 
 def test_one_option_has_the_published_code_back() -> None:
     def settings(protocol: str) -> dict[str, Any]:

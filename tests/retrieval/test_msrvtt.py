@@ -176,6 +176,13 @@ def test_no_number_of_damaged_videos_ends_a_training(damaged: Path) -> None:
     assert len(told) == 3 and all(len(found) == 0 for found in frames)
 
 
+def test_whatever_a_decoder_raises_is_the_files_fault(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = MSRVTT(sound, "test", **SMALL)
+    monkeypatch.setattr(Reading, "of", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="video7020: ZeroDivisionError: division by zero"):
+        assert data.visual(0).shape == (0, 32, 32, 3)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_unreadable_videos(damaged: Path, cached: bool, capsys: pytest.CaptureFixture) -> None:
     """Known before the training: left out of it. Found in it, or of another split: an array without frames."""
@@ -298,3 +305,31 @@ def test_verify_looks_at_the_cache(damaged: Path) -> None:
 
 def test_verify_with_a_process(sound: Path) -> None:
     assert not MSRVTT.verify(sound, workers=1, time_limit=30, **SMALL).problems
+
+
+def test_a_cache_that_lost_its_frames_is_told_and_laid_out_anew(sound: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
+    prepare(root)
+    next((root / "msrvtt" / "frames").rglob("test.npy")).unlink()
+    (problem,) = MSRVTT.verify(root, workers=0, **SMALL).problems
+    assert "test: the frame cache has lost its frames" in problem and "prepare it again" in problem
+    options = {**SMALL, "decode_every_epoch": False}
+    with pytest.raises(FileNotFoundError, match=r"no frame cache holds 3 of 3 videos .* run python"):
+        MSRVTT(root, "test", **options)
+    prepare(root)
+    np.testing.assert_array_equal(MSRVTT(root, "test", **options).visual(0), MSRVTT(sound, "test", **SMALL).visual(0))
+    assert not MSRVTT.verify(root, workers=0, **SMALL).problems
+
+
+def test_verify_says_whether_the_pretrained_weights_are_there(sound: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
+    for there in (False, True):
+        found = MSRVTT.verify(root, workers=0, **SMALL)
+        assert not found.problems
+        assert f" is {'there' if there else 'not there yet'}: {root / 'ViT-B-32.pt'}\n" in found.text()
+        (root / "ViT-B-32.pt").touch()
+    for model, weights in (("clip4clip_vit_b32", "ViT-B-32.pt"), ("vse_infty_base", "bert-base-uncased")):
+        settings = compose("train_retrieval", [f"model={model}", f"root={root}"])["model"]
+        assert str(root / weights) in (settings.get("weights"), settings.get("text"))

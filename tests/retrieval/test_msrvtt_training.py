@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from msrvtt_folder import write_sound
+from msrvtt_folder import TEST, write_sound
 from small_clip import registered
 
+from eval import render_table
 from retrieval.data import MSRVTT
 from retrieval.train import train
 from training.experiment import LOW_RANK
@@ -61,3 +63,35 @@ def test_the_published_recipe() -> None:
     assert (trainer["schedule"]["name"], trainer["warmup"], trainer["max_grad_norm"]) == ("warmup_cosine", 0.1, 1.0)
     assert (data["train"], data["frames"], data["frames_per_second"], data["slicing"]) == ("9k", 12, 1.0, "uniform")
     assert (config["model"]["max_length"], config["model"]["projections"]) == (32, "backbone")
+
+
+def test_selection_on_test_and_dead_videos_are_said(root: Path, tmp_path: Path) -> None:
+    """As prior work selects; one video of the test cannot be read."""
+    folder = tmp_path / "msrvtt"
+    shutil.copytree(root / "msrvtt", folder, ignore=shutil.ignore_patterns("frames"))
+    (folder / "videos" / f"{TEST[1]}.mp4").write_bytes(b"")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        MSRVTT.prepare(
+            tmp_path, tmp_path / "cache", workers=0, size=32, frames=2, check_counts=False, max_unreadable=0.5
+        )
+        config = compose(
+            "train_retrieval",
+            [
+                *("table1=msrvtt_lora", *SMALL, "data.validation=test", "data.max_unreadable=0.5"),
+                *("trainer.selection=validation", "trainer.restart=true", "trainer.stages.regularize.epochs=0"),
+                *(f"model.towers={registered()}", f"root={tmp_path}", f"runs={tmp_path / 'runs'}"),
+            ],
+        )
+        threads = torch.get_num_threads()
+        try:
+            run = train(config)
+        finally:
+            torch.set_num_threads(threads)
+    described, report = run.read_json("run.json"), (run.path / "report.html").read_text()
+    expected = "the epoch of each stage with the best Rsum on the test split (data.validation=test, as in prior work)"
+    assert described["selection"] == expected and report.count(expected) == 3
+    for split in ("validation", "test"):
+        assert f"1 of 3 videos of {split} cannot be read" in described["preprocessing"]
+    assert described["preprocessing"] in report and described["preprocessing"].count("at most 2 frames") == 1
+    assert "validation = test " in render_table(run.read_json("metrics.json"))
+    assert "validation = test<" in report and "Recall on test, in percent" in report

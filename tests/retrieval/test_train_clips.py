@@ -100,9 +100,17 @@ def test_clips_without_frames_train_and_are_counted(
         (("trainer.schedule.name=steps",), "unknown schedule 'steps'; did you mean 'step'"),
         (("trainer.schedule.name=step",), "does not take these settings"),
         (("trainer.chunk_size=0",), "chunk_size is 0"),
+        (("trainer.batch_size=16",), "12 training items make no batch of 16"),
+        (("trainer.precision=bf16",), "precision is 'bf16'"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before(root: Path, tmp_path: Path, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(config(root, tmp_path, *more))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_gone_on_from_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a run folder that has finished its stage 'adapt'"):
+        train(config(root, tmp_path / "runs", f"start_from={tmp_path / 'nowhere'}"))
     assert not list(tmp_path.iterdir())

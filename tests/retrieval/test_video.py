@@ -128,6 +128,25 @@ def test_a_cut_through_an_open_group_loses_no_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_title_that_is_not_utf8_does_not_matter(tmp_path: Path, backend: str) -> None:
+    sound, path = tmp_path / "sound.mp4", tmp_path / "latin.mp4"
+    with av.open(str(encode(tmp_path / "clip.mp4", 50, options=CLOSED))) as source, av.open(str(sound), "w") as target:
+        target.metadata["title"] = "one cafe"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    content = sound.read_bytes()
+    path.write_bytes(content.replace(b"one cafe", "one caf\xe9".encode("latin-1")))
+    with pytest.raises(UnicodeDecodeError), av.open(str(path)):
+        pass
+    for options in ({}, {"size": 32, "resizing": "decoder"}):
+        expected = read_frames(sound, 3, backend=backend, **options)
+        np.testing.assert_array_equal(read_frames(path, 3, backend=backend, **options), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_frame_a_second(tmp_path: Path, backend: str) -> None:
     path = encode(tmp_path / "clip.mp4", total=130, options=CLOSED)
     assert numbers(read_frames(path, 12, frames_per_second=1, backend=backend)) == [0, 24, 48, 72, 96, 120]
