@@ -15,7 +15,8 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float
 
     Args:
         metrics: the content of metrics.json, {"validation": {...}, "test": {...}, "chance": {"test": {...}, ...}};
-            one split or several.
+            one split or several. Where "validation_is" names another split, as in prior work that selects on test,
+            the row of validation is labelled so.
 
     Raises:
         ValueError: if there is no split, or a split has no level of chance.
@@ -28,7 +29,9 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float
             raise ValueError(
                 f"metrics: no level of chance for '{split}'; add chance_level(...) as ['chance']['{split}']"
             )
-        rows += [(split, metrics[split]), ("  chance", metrics["chance"][split])]
+        same = metrics.get("validation_is") if split == "validation" else None
+        label = f"{split} = {same}" if same else split
+        rows += [(label, metrics[split]), ("  chance", metrics["chance"][split])]
     return rows
 
 
@@ -46,11 +49,13 @@ def render_table(metrics: Mapping[str, Any]) -> str:
     Raises:
         ValueError: as in `table_rows`.
     """
-    width = 7 * len(RECALL_AT)
+    rows, width = table_rows(metrics), 7 * len(RECALL_AT)
+    first = max(12, *(len(label) + 1 for label, _ in rows))
     lines = [
-        f"{'':<12}{'image to text':>{width}}{'text to image':>{width}}",
-        f"{'':<12}" + "".join(f"{f'R@{k}':>7}" for k in RECALL_AT) * 2 + f"{'Rsum':>9}",
+        f"{'':<{first}}{'image to text':>{width}}{'text to image':>{width}}",
+        f"{'':<{first}}" + "".join(f"{f'R@{k}':>7}" for k in RECALL_AT) * 2 + f"{'Rsum':>9}",
     ]
-    for label, values in table_rows(metrics):
-        lines.append(f"{label:<12}" + "".join(f"{values[key]:7.1f}" for key in RECALL_KEYS) + f"{values['rsum']:9.1f}")
+    for label, values in rows:
+        numbers = "".join(f"{values[key]:7.1f}" for key in RECALL_KEYS)
+        lines.append(f"{label:<{first}}{numbers}{values['rsum']:9.1f}")
     return "\n".join(lines)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from adapters import save
 from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
 from regularizers.layers import low_rank_layers
-from retrieval.assemble import assemble, check_recipe
+from retrieval.assemble import assemble, check_recipe, restore
 from retrieval.batch import Captions, TrainingPairs, collate_text, collator
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
@@ -25,6 +26,7 @@ from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
 from training.run import is_first_process
+from training.stages import check_items
 
 
 def train(config: Mapping[str, Any]) -> RunFolder:
@@ -37,23 +39,35 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         The run's folder, with metrics.json, adapter.safetensors and report.html.
 
     Raises:
-        ValueError, FileNotFoundError: for a bad configuration or data that is not prepared, before training starts.
+        ValueError, FileNotFoundError: for a bad configuration or data that is not prepared, before anything is written.
     """
     experiment = Experiment.of(config)
     run = RunFolder.of(experiment.runs, *experiment.levels)
     run.check(config)
     if run.finished:
-        if not (run.path / "report.html").is_file():
-            write_report(run.path)
+        if is_first_process():
+            complete_report(run)
         return run
 
     check_devices()
+    first_stage = experiment.recipe.stages[0].name
+    if experiment.start_from:
+        run.check_source(first_stage, experiment.start_from, config)
     with clock(run, "load data and encoders"):
         splits, model, captions = assemble(experiment)
         check_recipe(experiment, model, captions["train"])
+        pairs = TrainingPairs(
+            splits["train"],
+            captions["train"],
+            pairing=experiment.pairing,
+            augmentation=experiment.augmentation,
+            seed=experiment.seed,
+        )
+        check_items(len(pairs), experiment.recipe.batch_size)
     run.begin(config)
     if experiment.start_from:
-        run.adopt_stage(experiment.recipe.stages[0].name, experiment.start_from, config)
+        run.adopt_stage(first_stage, experiment.start_from)
+    as_prior_work = experiment.data_options.get("validation") == "test"
     hardware = describe(
         run,
         experiment,
@@ -63,8 +77,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             "images": {name: len(data) for name, data in splits.items()},
             "captions": {name: len(data.captions) for name, data in splits.items()},
         },
-        preprocessing=splits["train"].preprocessing,
+        preprocessing=join_texts(data.preprocessing for data in splits.values()),
         metric="Rsum",
+        selected_on="the test split (data.validation=test, as in prior work)" if as_prior_work else "validation",
     )
     torch.set_num_threads(hardware.threads)
     validation, test, precision = splits["validation"], splits["test"], hardware.precision
@@ -78,13 +93,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             model,
             experiment.recipe,
             run,
-            dataset=TrainingPairs(
-                splits["train"],
-                captions["train"],
-                pairing=experiment.pairing,
-                augmentation=experiment.augmentation,
-                seed=experiment.seed,
-            ),
+            dataset=pairs,
             collate=collator(model.collate_visual, model.text_length),
             objective=experiment.loss,
             evaluator=lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
@@ -106,12 +115,37 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         encoded = encode(model, test, captions["test"], precision=precision)
         metrics["test"] = encoded.metrics(test.image_of_caption)
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
+        if as_prior_work:
+            metrics["validation_is"] = "test"  # for who reads the numbers alone
         metrics |= record_redundancy(run, probed)
     run.write_json("metrics.json", metrics)  # from here on the run is finished: nothing for people may lose its numbers
     if is_first_process():
         save_showcase(run, test, encoded)
         write_report(run.path)
     return run
+
+
+def complete_report(run: RunFolder) -> None:
+    """Write what people look at of a finished run, where a kill after its numbers has lost that.
+
+    Where the pictures cannot be had any more, that is printed, and the report goes without.
+    """
+    if (run.path / "retrieved.json").is_file() and (run.path / "report.html").is_file():
+        return
+    if not (run.path / "retrieved.json").is_file():
+        try:
+            described, (splits, model, captions) = run.read_json("run.json"), restore(run.path)
+            torch.set_num_threads(described["threads"])
+            encoded = encode(model, splits["test"], captions["test"], precision=described["precision"])
+            save_showcase(run, splits["test"], encoded)
+        except Exception as error:  # the data may be gone, or the disk full: that must not cost the numbers' report
+            tqdm.write(f"the report of {run.path} goes without pictures: {type(error).__name__}: {error}")
+    write_report(run.path)
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """The texts of several splits as one, in which what they have in common, between semicolons, is there once."""
+    return "; ".join(dict.fromkeys(part for text in texts for part in text.split("; ")))
 
 
 def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> dict[str, Subspaces]:

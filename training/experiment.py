@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from adapters import ADAPTERS, Adapter
 from regularizers import ReSoRA
 from training.choose import check_name, choose
+from training.hardware import check_hardware
 from training.optimizers import LearningRates
 from training.schedules import SCHEDULES
 from training.stages import Recipe, Stage
@@ -83,6 +84,18 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
             f"regularizer={measure} penalises the subspaces of a low-rank adapter, and "
             f"adapter={adapter.name} has none; use regularizer=none, or one of adapter={', '.join(LOW_RANK)}"
         )
+    recipe = _recipe(trainer)
+    if measure != "none" and not any(stage.regularize for stage in recipe.stages):
+        raise ValueError(
+            f"regularizer={measure}, but no stage that trains has regularize=true (there is "
+            f"{', '.join(stage.name for stage in recipe.stages)}): nothing would be penalised; use regularizer=none"
+        )
+    if config["start_from"] and not recipe.restart:
+        raise ValueError(
+            "start_from takes over the weights of a stage alone, and trainer.restart=false goes on with its optimiser "
+            "too; both runs need trainer.restart=true"
+        )
+    check_hardware(trainer["threads"], trainer["precision"])
     data.pop("prepare", None)  # how the data were made is checked by their fingerprint
     return {
         "data": data.pop("name"),
@@ -90,28 +103,7 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "model": model,
         "adapter": adapter,
         "regularizer": None if measure == "none" else ReSoRA(measure, **penalty),
-        "recipe": Recipe(
-            stages=tuple(
-                Stage(name=name, **settings) for name, settings in trainer["stages"].items() if settings["epochs"] != 0
-            ),
-            rates=LearningRates(**trainer["rates"]),
-            schedule=choose("schedule", SCHEDULES, trainer["schedule"]),
-            **{
-                key: trainer[key]
-                for key in (
-                    "batch_size",
-                    "optimizer",
-                    "warmup",
-                    "max_grad_norm",
-                    "selection",
-                    "evaluate_every",
-                    "restart",
-                    "chunk_size",
-                    "workers",
-                )
-            },
-            report_to=tuple(trainer["report_to"]),
-        ),
+        "recipe": recipe,
         "threads": trainer["threads"],
         "precision": trainer["precision"],
         "seed": config["seed"],
@@ -119,3 +111,29 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
         "root": Path(config["root"]),
         "runs": Path(config["runs"]),
     }
+
+
+def _recipe(trainer: Mapping[str, Any]) -> Recipe:
+    """The group trainer of a configuration, without the stages of no epochs."""
+    return Recipe(
+        stages=tuple(
+            Stage(name=name, **settings) for name, settings in trainer["stages"].items() if settings["epochs"] != 0
+        ),
+        rates=LearningRates(**trainer["rates"]),
+        schedule=choose("schedule", SCHEDULES, trainer["schedule"]),
+        **{
+            key: trainer[key]
+            for key in (
+                "batch_size",
+                "optimizer",
+                "warmup",
+                "max_grad_norm",
+                "selection",
+                "evaluate_every",
+                "restart",
+                "chunk_size",
+                "workers",
+            )
+        },
+        report_to=tuple(trainer["report_to"]),
+    )

@@ -58,6 +58,14 @@ def check_devices() -> None:
         )
 
 
+def check_hardware(threads: int | None, precision: str | None) -> None:
+    """Raise ValueError for fewer than one thread or an unknown precision; None, which is measured, is fine."""
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads is {threads!r}; expected at least 1, or null to measure")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}, or null to measure")
+
+
 def choose_hardware(threads: int | None = None, precision: str | None = None) -> Hardware:
     """The given threads and precision, or the fastest where they are None.
 
@@ -66,12 +74,9 @@ def choose_hardware(threads: int | None = None, precision: str | None = None) ->
     own default, and the precision is bfloat16 where an accelerator has it.
 
     Raises:
-        ValueError: for fewer than one thread or an unknown precision.
+        ValueError: as `check_hardware`.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; expected at least 1, or null to measure")
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}, or null to measure")
+    check_hardware(threads, precision)
     if torch.accelerator.is_available() or process_count() > 1:
         fast = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
         return Hardware(threads or torch.get_num_threads(), precision or fast)

@@ -1,14 +1,19 @@
-"""ReSoRA for an existing `transformers.Trainer` script, with this suite's adapters or any PEFT model."""
+"""ReSoRA for an existing `transformers.Trainer` script, with this suite's adapters or any PEFT model.
+
+What an adapter of this suite brings to its training itself (AdaLoRA: a penalty and a schedule) comes with it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from regularizers import ReSoRA
+from adapters import after_step, loss_parts
+from regularizers import ReSoRA, Subspaces
 
 
 class _Noted(NamedTuple):
@@ -20,29 +25,34 @@ class _Noted(NamedTuple):
 
 
 class ReSoRAMixin:
-    """Adds the penalty to the loss of a `transformers.Trainer` subclass; put it first among the bases.
+    """Adds the penalties to the loss of a `transformers.Trainer` subclass; put it first among the bases.
 
         class MyTrainer(ReSoRAMixin, Seq2SeqTrainer): ...
 
     In training, the forward pass runs inside `regularizer.capture(model)` and each part of the penalty is added to the
-    loss and logged under its own name ("resora_linear"). Evaluation is left alone. With gradient accumulation every
-    batch is penalised on its own samples and the penalties are averaged, as the losses are; under DDP likewise over
-    the processes.
+    loss and logged under its own name ("resora_linear"), and so are the parts of an adapter that was injected into the
+    model ("adalora_orthogonality"), whose schedule is followed after each step. Evaluation is left alone. With gradient
+    accumulation every batch is penalised on its own samples and the penalties are averaged, as the losses are; under
+    DDP likewise over the processes.
 
     Args:
         regularizer: the penalty, or None for none.
+        later_stage: the adapter's schedule ended in an earlier training.
         args, kwargs: as of the trainer.
     """
 
-    def __init__(self, *args: Any, regularizer: ReSoRA | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, regularizer: ReSoRA | None = None, later_stage: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.regularizer = regularizer
         self._noted: dict[str, _Noted] = {}
+        self.add_callback(_FollowSchedule(later_stage))
 
     part_prefix = ""
     """Before the name of each part in the log."""
 
     if TYPE_CHECKING:  # what the trainer beside this class brings
+        accelerator: Any
+        add_callback: Any
         current_gradient_accumulation_steps: int
         model_accepts_loss_kwargs: bool
         compute_loss_func: Any
@@ -55,19 +65,39 @@ class ReSoRAMixin:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The trainer's loss plus, in training, the penalty."""
+        """The trainer's loss plus, in training, the penalties."""
         base: Any = super()
-        if self.regularizer is None or not model.training:
+        if not model.training:
             return base.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        with self.regularizer.capture(model) as subspaces:  # left before backward, see `capture`
-            loss, outputs = base.compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
-        penalties = self.regularizer(subspaces)
-        self.note(penalties)
-        penalty = torch.stack(list(penalties.values())).sum().to(loss.device)
-        if self._loss_is_scaled(num_items_in_batch):
-            penalty = penalty / self.current_gradient_accumulation_steps
-        loss = loss + penalty
+        subspaces: Mapping[str, Subspaces] = {}
+        if self.regularizer is None:
+            result = base.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+            loss, outputs = result if return_outputs else (result, None)
+        else:
+            with self.regularizer.capture(model) as subspaces:  # left before backward, see `capture`
+                loss, outputs = base.compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
+        loss = self.penalised(loss, model, subspaces, scaled=self._loss_is_scaled(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
+
+    def penalised(
+        self, loss: Tensor, model: nn.Module, subspaces: Mapping[str, Subspaces], *, scaled: bool = False
+    ) -> Tensor:
+        """`loss` plus the parts that the adapter and the regularizer add; each is noted for the log.
+
+        Args:
+            loss: of one batch.
+            model: as the trainer wraps it.
+            subspaces: what the regularizer captured; {} where there is none.
+            scaled: `loss` is divided by the number of accumulated batches already.
+        """
+        parts = loss_parts(self.accelerator.unwrap_model(model))
+        if self.regularizer is not None:
+            parts = parts | self.regularizer(subspaces)
+        if not parts:
+            return loss
+        self.note(parts)
+        penalty = torch.stack([part.to(loss.device) for part in parts.values()]).sum()
+        return loss + (penalty / self.current_gradient_accumulation_steps if scaled else penalty)
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is divided by the accumulated batch already, and the Trainer does not divide it again."""
@@ -91,6 +121,20 @@ class ReSoRAMixin:
             self._noted = {}
         base: Any = super()
         base.log(logs, *args, **kwargs)
+
+
+class _FollowSchedule(TrainerCallback):
+    """Let the adapter follow its schedule, which spans the first stage; later ones count as steps after its end."""
+
+    def __init__(self, later_stage: bool) -> None:
+        self.later_stage = later_stage
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Here gradients are averaged over processes, clipped and not yet cleared, and this step is not yet counted."""
+        before = state.max_steps if self.later_stage else 0
+        after_step(kwargs["model"], before + state.global_step + 1, state.max_steps)
 
 
 class ReSoRATrainer(ReSoRAMixin, Trainer):

@@ -30,6 +30,7 @@ def describe(
     data: Mapping[str, Any],
     preprocessing: str,
     metric: str,
+    selected_on: str = "validation",
     frozen_elsewhere: int = 0,
 ) -> Hardware:
     """Write run.json, unless an earlier launch of the same run did; return the hardware choice that it holds.
@@ -41,6 +42,7 @@ def describe(
         data: the fingerprint of the data and the sizes of the splits.
         preprocessing: how files became what the model takes.
         metric: what "validation" selection maximises, for people.
+        selected_on: what it is evaluated on, for people: the validation split, unless that is not one of its own.
         frozen_elsewhere: parameters of the backbone that `model` does not hold because their outputs are cached.
 
     Raises:
@@ -67,7 +69,7 @@ def describe(
             "regularizer": str(experiment.regularizer or "none"),
             "selection": {
                 "last": "the last epoch of each stage",
-                "validation": f"the epoch of each stage with the best {metric} on validation",
+                "validation": f"the epoch of each stage with the best {metric} on {selected_on}",
             }[experiment.recipe.selection],
             "preprocessing": preprocessing,
             "data": {"name": experiment.data, **data},

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from training.hardware import process_count
+
 PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "numpy", "decord", "av", "scikit-learn")
 FINISHED = "metrics.json"
 
@@ -62,8 +64,12 @@ class RunFolder:
         self.check(config)
         self.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
-    def adopt_stage(self, stage: str, source: Path, config: Mapping[str, Any]) -> None:
-        """Take over a stage that another run has trained already; nothing happens where this run has trained it.
+    def has_trained(self, stage: str) -> bool:
+        """Whether a stage is complete here."""
+        return (self.path / "checkpoints" / stage / "history.json").is_file()
+
+    def check_source(self, stage: str, source: Path, config: Mapping[str, Any]) -> None:
+        """Raise unless `adopt_stage` can take over a stage; nothing is asked where this run has trained it already.
 
         Args:
             stage: the first stage, which does not regularize.
@@ -75,10 +81,9 @@ class RunFolder:
             FileNotFoundError: if the other run has not finished the stage.
             ValueError: if the two runs differ in more than what comes after it.
         """
-        folder, theirs = self.path / "checkpoints" / stage, source / "checkpoints" / stage
-        if (folder / "history.json").is_file():
+        if self.has_trained(stage):
             return
-        if not (theirs / "history.json").is_file():
+        if not RunFolder(source).has_trained(stage):
             raise FileNotFoundError(f"start_from={source}: expected a run folder that has finished its stage {stage!r}")
         later = tuple(f"trainer.stages.{name}." for name in config["trainer"]["stages"] if name != stage)
         free = ("regularizer.", "start_from", "runs", *later)
@@ -88,8 +93,20 @@ class RunFolder:
         if different := [key for key in keys if earlier.get(key) != now.get(key)]:
             changes = ", ".join(f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} here" for key in different)
             raise ValueError(f"start_from={source} was trained in another way ({changes})")
+        described = RunFolder(source).read_json("run.json") or {}
+        if (there := described.get("processes", process_count())) != process_count():
+            raise ValueError(
+                f"start_from={source} was trained by {there} processes, that is, with other batches than the "
+                f"{process_count()} here would; launch with `torchrun --nproc_per_node {there}` (python for 1)"
+            )
         if config["trainer"]["stages"][stage]["regularize"]:
             raise ValueError(f"start_from needs a first stage without the regularizer; stage {stage!r} regularizes")
+
+    def adopt_stage(self, stage: str, source: Path) -> None:
+        """Take over a stage of another run that has passed `check_source`; nothing happens where this run has it."""
+        if self.has_trained(stage):
+            return
+        folder, theirs = self.path / "checkpoints" / stage, source / "checkpoints" / stage
         folder.mkdir(parents=True, exist_ok=True)
         for path in (*theirs.glob("*.safetensors"), theirs / "history.json"):  # the history says that it is complete
             partial = folder / f"{path.name}.{os.getpid()}.partial"  # every process of a training may come here

@@ -111,6 +111,14 @@ class Recipe:
             )
 
 
+def check_items(items: int, batch_size: int) -> None:
+    """Raise ValueError if the training data have fewer items than one step takes, in all processes together."""
+    processes = process_count()
+    if items < batch_size * processes:
+        each = "" if processes == 1 else f" for each of {processes} processes, {batch_size * processes} in all"
+        raise ValueError(f"{items} training items make no batch of {batch_size}{each}; lower trainer.batch_size")
+
+
 def run_stages(
     model: nn.Module,
     recipe: Recipe,
@@ -119,7 +127,7 @@ def run_stages(
     dataset: Dataset,
     collate: Callable[[list[Any]], dict[str, Tensor]],
     objective: Callable[[Any, float], Mapping[str, Tensor]],
-    evaluator: Callable[[nn.Module], dict[str, float]],
+    evaluator: Callable[[nn.Module], dict[str, float]] | None,
     heads: tuple[str, ...],
     regularizer: ReSoRA | None,
     hardware: Hardware,
@@ -132,16 +140,16 @@ def run_stages(
 
     Checkpoints and the weights after each stage go to `<run>/checkpoints/<stage>/`, the log of all stages to
     `<run>/log.jsonl`. `metric`, as people write it, is shown after each epoch and maximised where validation selects;
-    the evaluator's key is its lower case. `after_stage` is called after each stage, whether it was trained now or
-    before, `after_epoch` after each epoch that was trained now.
+    the evaluator's key is its lower case, and None evaluates nothing. `after_stage` is called after each stage, whether
+    it was trained now or before, `after_epoch` after each epoch that was trained now.
 
     Raises:
-        ValueError: if the data has fewer items than one batch, or this process has several GPUs.
+        ValueError: as `check_items`, or if this process has several GPUs.
     """
     check_devices()
     model.to(compute_device())
-    if (items := len(dataset)) < recipe.batch_size:  # type: ignore[arg-type]
-        raise ValueError(f"{items} training items make no batch of {recipe.batch_size}; lower trainer.batch_size")
+    items = len(dataset)  # type: ignore[arg-type]
+    check_items(items, recipe.batch_size)
     records: list[dict[str, Any]] = []
     first_epoch = 0
     for index, stage in enumerate(recipe.stages):
@@ -150,7 +158,9 @@ def run_stages(
         if history is None:
             trainer = AdapterTrainer(
                 model=model,
-                args=_arguments(stage, recipe, hardware, str(folder), seed + 1000 * index, metric.lower()),
+                args=_arguments(
+                    stage, recipe, hardware, str(folder), seed + 1000 * index, metric.lower() if evaluator else None
+                ),
                 train_dataset=dataset,
                 data_collator=collate,
                 optimizers=_optimizer(model, recipe, heads, index, items, run),
@@ -196,8 +206,8 @@ def _optimizer(
         checkpoint = latest_checkpoint(run.path / "checkpoints" / recipe.stages[index - 1].name)
         if checkpoint is None:
             raise FileNotFoundError(
-                f"{run.path} holds no checkpoint of stage {recipe.stages[index - 1].name!r} to go on from with "
-                "restart=False (start_from takes weights alone); use trainer.restart=true, or train both stages here"
+                f"{run.path} holds no checkpoint of stage {recipe.stages[index - 1].name!r} any more, with whose "
+                "optimiser restart=False goes on; delete the folder and train both stages again"
             )
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     total = steps * sum(stage.epochs for stage in recipe.stages)
@@ -206,7 +216,7 @@ def _optimizer(
 
 
 def _arguments(
-    stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: int, metric: str
+    stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: int, metric: str | None
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
@@ -219,7 +229,7 @@ def _arguments(
         bf16=hardware.precision == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bfloat16 without an accelerator
         logging_steps=5,
-        eval_strategy="epoch",
+        eval_strategy="epoch" if metric else "no",
         save_strategy="epoch",
         save_total_limit=2 if recipe.selection == "validation" else 1,
         load_best_model_at_end=recipe.selection == "validation",

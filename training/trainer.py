@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adapters import after_step, load, loss_parts, save
+from adapters import load, save
 from regularizers import Captured, ReSoRA
 from training.chunked import check_chunkable, chunked_backward
 from training.plugin import ReSoRAMixin
@@ -20,10 +20,7 @@ LAST_WRITTEN = "trainer_state.json"  # of a checkpoint: where it is missing, the
 
 
 class ObjectiveTrainer(Trainer):
-    """A `transformers.Trainer` whose loss is a function of the model's outputs: named parts, which are summed.
-
-    In training, the parts of the model's adapter are among them (`adapters.loss_parts`).
-    """
+    """A `transformers.Trainer` whose loss is a function of the model's outputs: named parts, which are summed."""
 
     objective: Callable[[Any, float], Mapping[str, Tensor]]
     first_epoch: int
@@ -38,14 +35,12 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         outputs = model(**inputs)
-        loss = self.loss_of(model, outputs)
+        loss = self.loss_of(outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def loss_of(self, model: nn.Module, outputs: Any) -> Tensor:
-        """The sum of the parts of the loss of what `model` put out; each is noted for the log."""
+    def loss_of(self, outputs: Any) -> Tensor:
+        """The sum of the parts of the loss of what the model put out; each is noted for the log."""
         parts = dict(self.objective(outputs, self.first_epoch + (self.state.epoch or 0.0)))
-        if model.training:
-            parts |= loss_parts(self.accelerator.unwrap_model(model))
         self.note(parts)
         return torch.stack([_at_least_float32(part) for part in parts.values()]).sum()
 
@@ -85,13 +80,18 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         **kwargs: Any,
     ) -> None:
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
-        super().__init__(regularizer=regularizer, eval_dataset=None if evaluator is None else [], **kwargs)
+        super().__init__(
+            regularizer=regularizer,
+            later_stage=first_epoch > 0,
+            eval_dataset=None if evaluator is None else [],
+            **kwargs,
+        )
         self.objective = objective
         self.evaluator, self.first_epoch, self.chunk_size = evaluator, first_epoch, chunk_size
         if chunk_size is not None:
             check_chunkable(cast(nn.Module, self.model))
         self.add_callback(_Epochs(self.train_dataset, first_epoch, evaluate_every))
-        self.add_callback(_AfterStep(later_stage=first_epoch > 0))
+        self.add_callback(_KeepInRange())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The objective plus the penalty; raises FloatingPointError, with the parts, where it is not finite."""
@@ -107,11 +107,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         model.train()
 
         def whole(outputs: Any, subspaces: Captured) -> Tensor:
-            loss = self.loss_of(model, outputs)
-            if self.regularizer is not None:
-                penalties = self.regularizer(subspaces)
-                self.note(penalties)
-                loss = loss + torch.stack(list(penalties.values())).sum()
+            loss = self.penalised(self.loss_of(outputs), model, subspaces)
             self._check_finite(loss)
             return loss / self.current_gradient_accumulation_steps
 
@@ -170,21 +166,12 @@ class _Epochs(TrainerCallback):
         control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
 
 
-class _AfterStep(TrainerCallback):
-    """Let the adapter follow its schedule, and the model keep its parameters in range.
-
-    The schedule spans the first stage; later ones count as steps after its end.
-    """
-
-    def __init__(self, later_stage: bool) -> None:
-        self.later_stage = later_stage
+class _KeepInRange(TrainerCallback):
+    """Let the model keep its parameters in range."""
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Here gradients are averaged over processes, clipped and not yet cleared, and this step is not yet counted."""
-        before = state.max_steps if self.later_stage else 0
-        after_step(kwargs["model"], before + state.global_step + 1, state.max_steps)
         if callable(of_model := getattr(kwargs["model"], "after_step", None)):
             of_model()
 

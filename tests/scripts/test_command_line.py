@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
 
 import evaluate
-from command_line import mistakes_in_one_line
+from command_line import launch, mistakes_in_one_line
 from summary import print_summary
 
 from training import RunFolder
@@ -33,6 +35,7 @@ def test_help_shows_two_examples_of_the_command(command: str) -> None:
     assert done.returncode == 0, done.stderr
     examples = [line for line in done.stdout.splitlines() if line.strip().startswith(f"python scripts/{command}.py ")]
     assert len(examples) >= 2
+    assert "override" not in done.stdout and ("Groups:" in done.stdout) == (command != "evaluate")
 
 
 def test_the_summary_of_a_run_is_printed_once(
@@ -56,11 +59,14 @@ def test_help_offers_what_fits_the_command() -> None:
     }.items():
         for choice in choices:
             assert re.search(rf"^  {group}=(\w+\|)*{choice}(\||$)", retrieval, re.MULTILINE)
-    assert "data=digits\n" in classification and "model=dinov2_small\n" in classification
+    assert "  trainer/schedule=constant|cosine|step|warmup_cosine\n" in retrieval
+    for group, choice in (("data", "digits"), ("model", "dinov2_small")):
+        assert re.search(rf"^  {group}=(\w+\|)*{choice}(\||$)", classification, re.MULTILINE)
     for shared in ("  adapter=", "  regularizer="):
         both = [[line for line in text.splitlines() if line.startswith(shared)] for text in (retrieval, classification)]
         assert both[0] == both[1] and len(both[0]) == 1
-    assert "digits" not in retrieval and "vit" not in classification.partition("Groups:")[2]
+    assert "digits" not in retrieval and "adapter/vit" not in classification.partition("Groups:")[2]
+    assert "openmoji" not in classification.partition("Groups:")[2]
 
 
 @pytest.mark.parametrize(
@@ -106,3 +112,45 @@ def test_the_stack_trace_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESORA_TRACEBACK", "1")
     with pytest.raises(ValueError, match="a mistake"), mistakes_in_one_line():
         raise ValueError("a mistake")
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "train_retrieval") -> list[dict[str, Any]]:
+    """The configurations that a command runs with."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    words = {"verify": seen.append} if name == "prepare_data" else None
+    launch(seen.append, name, "", choices={"data": ["openmoji"]}, words=words)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["train_retrieval", "prepare_data", "evaluate"])
+def test_hydra_shows_the_configuration(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert launched(monkeypatch, "--cfg", "job", name=name) == []
+    assert isinstance(yaml.safe_load(capsys.readouterr().out), dict)
+
+
+def test_a_flags_value_is_no_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert launched(monkeypatch, "--info", "searchpath") == []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("name: mine\n")
+    (config,) = launched(monkeypatch, "--config-dir", str(tmp_path), "data=mine", "trainer=openmoji")
+    assert config["data"] == {"name": "mine"}
+    with pytest.raises(SystemExit, match="2"):
+        launched(monkeypatch, "--cfg", "job", "adapter=loar")
+    assert "did you mean adapter=lora?" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        launched(monkeypatch, "trainer/schedule=cosin")
+    assert "did you mean trainer/schedule=cosine?" in capsys.readouterr().err
+
+
+def test_a_sweep_leaves_nothing_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, runs = tmp_path / "here", tmp_path / "runs"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    configs = launched(monkeypatch, "--multirun", "seed=0,1", f"runs={runs}")
+    assert [config["seed"] for config in configs] == [0, 1]
+    assert not list(here.iterdir()) and (runs / "multirun.yaml").is_file()

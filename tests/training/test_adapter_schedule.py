@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from adapters import AdaLoRA
+from adapters import AdaLoRA, loss_parts
 from training.trainer import AdapterTrainer
 
 BRANCH = "mlp.fc1.branches.fc1"
@@ -79,3 +79,22 @@ def test_the_penalty_acts_in_training_only_and_moves_what_is_learned(tmp_path: P
         trainer.compute_loss(model.train(), x).backward()
         gradients.append(model.get_submodule(BRANCH).A.grad.clone())
     assert gradients[0].any() and not gradients[1].any()  # at E = 0 the objective alone does not move A
+
+
+def test_the_penalty_acts_on_a_batch_in_chunks_too(tmp_path: Path) -> None:
+    """At E = 0 the gradient of A is that of the penalty alone."""
+    torch.manual_seed(0)
+    model = tiny.Model()
+    model.head = nn.Linear(8, 1)  # without a batch norm
+    tiny.inject(model, tiny.ADAPTERS["adalora"], train=("head",))
+    factor = model.get_submodule(BRANCH).A
+    (expected,) = torch.autograd.grad(sum(loss_parts(model).values()), factor)
+    trainer = AdapterTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        objective=lambda output, epoch: {"squares": output.square().mean()},
+        chunk_size=2,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(model, {"x": torch.randn(5, 6)})
+    torch.testing.assert_close(factor.grad, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+from adapters import AdaLoRA, inject
 from regularizers import ReSoRA
 from training import ReSoRATrainer
 
@@ -129,3 +131,56 @@ def test_without_a_regularizer_it_is_the_plain_trainer(tmp_path: Path) -> None:
         trainer(model=model, args=arguments(tmp_path), train_dataset=dataset()).train()
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, other)
+
+
+ADALORA = AdaLoRA(rank=3, target_rank=1, targets=("q", "v"))
+
+
+def adalora_model(adapter: AdaLoRA = ADALORA) -> nn.Module:
+    model = bert()
+    torch.manual_seed(1)
+    return inject(model, adapter, train=("classifier",))
+
+
+def ranks(model: nn.Module) -> list[int]:
+    return [int(tensor.sum()) for name, tensor in model.state_dict().items() if name.endswith(".alive")]
+
+
+@pytest.mark.parametrize("regularizer", [None, ReSoRA("linear", weight=0.1)], ids=str)
+def test_an_adapter_brings_its_penalty_and_its_schedule(tmp_path: Path, regularizer: ReSoRA | None) -> None:
+    model = adalora_model()
+    trainer = ReSoRATrainer(
+        model=model,
+        args=arguments(tmp_path, num_train_epochs=4),
+        train_dataset=dataset(),
+        regularizer=regularizer,
+    )
+    assert ranks(model) == [3] * 4
+    trainer.train()
+    assert sum(ranks(model)) == 4, "a rank a layer is left, on average"
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 8 and all(entry["loss"] > entry["adalora_orthogonality"] > 0 for entry in logged)
+    assert all(("resora_linear" in entry) == (regularizer is not None) for entry in logged)
+
+
+def test_a_schedule_that_is_over_prunes_no_more(tmp_path: Path) -> None:
+    model = adalora_model()
+    args = arguments(tmp_path, num_train_epochs=4)
+    ReSoRATrainer(model=model, args=args, train_dataset=dataset(), later_stage=True).train()
+    assert ranks(model) == [3] * 4
+
+
+def test_an_adapters_penalty_is_averaged_over_accumulated_batches(tmp_path: Path) -> None:
+    """As the regularizer's is: BERT's loss counts as divided already."""
+    batch = {key: torch.stack([item[key] for item in dataset(4)]) for key in dataset(1)[0]}
+    losses = []
+    for adapter in (ADALORA, dataclasses.replace(ADALORA, orthogonality=0.0)):
+        trainer = ReSoRATrainer(model=adalora_model(adapter).train(), args=arguments(tmp_path))
+        trainer.current_gradient_accumulation_steps = 2
+        for items in (None, torch.tensor(8)):
+            loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+            losses.append(float(loss.detach()))
+        if adapter is ADALORA:
+            (part,) = adapter.loss_parts(trainer.model).values()
+    assert losses[0] - losses[2] == pytest.approx(float(part), rel=1e-4)
+    assert losses[1] - losses[3] == pytest.approx(float(part) / 2, rel=1e-4)

@@ -20,6 +20,7 @@ from torch import nn
 from training import Recipe, RunFolder, Stage
 from training.hardware import check_devices
 from training.optimizers import build_optimizer
+from training.stages import check_items
 
 
 def lines(folder: Path) -> list[dict]:
@@ -145,6 +146,14 @@ def test_too_little_data_is_refused_before_training(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_items_are_counted_against_the_batches_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_items(16, 16)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    check_items(32, 16)
+    with pytest.raises(ValueError, match="31 training items make no batch of 16 for each of 2 processes, 32 in all"):
+        check_items(31, 16)
+
+
 def test_several_gpus_in_one_process_are_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,12 +201,19 @@ def test_a_stage_of_another_run_is_taken_over(tmp_path: Path) -> None:
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
     first.begin(config)
     with pytest.raises(FileNotFoundError, match="has finished its stage 'adapt'"):
-        second.adopt_stage("adapt", first.path, config)
+        second.check_source("adapt", first.path, config)
     tiny.train(first.path)
     other = config | {"regularizer": {"name": "linear", "weight": 0.1}, "start_from": str(first.path)}
     with pytest.raises(ValueError, match="seed: 3 there, 4 here"):
-        second.adopt_stage("adapt", first.path, other | {"seed": 4})
-    second.adopt_stage("adapt", first.path, other)
+        second.check_source("adapt", first.path, other | {"seed": 4})
+    first.write_json("run.json", {"processes": 2})
+    with pytest.raises(ValueError, match=r"was trained by 2 processes.* than the 1 here .*--nproc_per_node 2"):
+        second.check_source("adapt", first.path, other)
+    first.write_json("run.json", {"processes": 1})
+    second.check_source("adapt", first.path, other)
+    assert not second.path.exists(), "a check writes nothing"
+    second.adopt_stage("adapt", first.path)
+    second.check_source("adapt", tmp_path / "deleted", other)  # once it is here, the other folder is not asked for
     continued, whole = tiny.train(second.path), tiny.train(tmp_path / "whole")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(continued.state_dict()[name], tensor), name
