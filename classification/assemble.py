@@ -1,4 +1,4 @@
-"""Put together what an experiment names: the data, the splits as tokens, the model with its adapter."""
+"""Put together what an experiment names: the data, the splits as the model takes them, the model with its adapter."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from transformers import set_seed
 
 from adapters import inject
 from classification.data import DATASETS, SPLITS, ClassificationDataset
+from classification.evaluate import Split
 from classification.experiment import Experiment
-from classification.models import TokenClassifier, build_model
+from classification.images import LabelledImages
+from classification.models import Classifier, build_model
 from classification.tokens import LabelledTokens, cached_tokens
 from training import choose
 
 
-def assemble(experiment: Experiment) -> tuple[ClassificationDataset, dict[str, LabelledTokens], TokenClassifier]:
-    """The data set, each split as tokens of the frozen blocks, and the blocks after them with a fresh adapter.
+def assemble(experiment: Experiment) -> tuple[ClassificationDataset, dict[str, Split], Classifier]:
+    """The data set, each split as the model takes it, and the model with a fresh adapter.
+
+    A model that is cut gets the tokens of its frozen blocks, computed once; a whole one gets images, and those of the
+    training split augmented if the data set does that.
 
     Raises:
         ValueError: for settings that the data set or the model does not take.
@@ -23,5 +28,22 @@ def assemble(experiment: Experiment) -> tuple[ClassificationDataset, dict[str, L
     side = data.images([0]).shape[-1]
     frozen, model = build_model(experiment.model, cache=experiment.cache, image_size=side, classes=len(data.classes))
     inject(model, experiment.adapter, train=model.heads)
+    if frozen is None:
+        return data, {split: _images(data, split, experiment) for split in SPLITS}, model
+    if data.augmentation != "none":
+        raise ValueError(
+            f"model={experiment.model['name']} computes the tokens of an image once, and data.augmentation="
+            f"{data.augmentation!r} wants it anew in each epoch: use data.augmentation=none, or a whole model (vit_b16)"
+        )
     tokens = cached_tokens(data, frozen, experiment.root)
     return data, {split: LabelledTokens(tokens, data.labels, data.splits[split]) for split in SPLITS}, model
+
+
+def _images(data: ClassificationDataset, split: str, experiment: Experiment) -> LabelledImages:
+    return LabelledImages(
+        data,
+        data.splits[split],
+        augmented=split == "train" and data.augmentation != "none",
+        seed=experiment.seed,
+        workers=experiment.recipe.workers,
+    )

@@ -25,3 +25,10 @@ class Experiment(BaseExperiment):
             ValueError: for a name or value that does not exist; the message says what does.
         """
         return cls(**shared_settings(config, datasets=DATASETS, models=MODELS))
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels of the run's folder; a collection of data sets has one for each ("vtab-cifar")."""
+        task, data, *rest = super().levels
+        parts = [str(self.data_options[key]) for key in ("dataset", "shots") if key in self.data_options]
+        return task, "-".join([data, *parts]), *rest

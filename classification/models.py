@@ -1,4 +1,4 @@
-"""The classification models by name: a pretrained backbone, cut where training begins, and a linear head."""
+"""The classification models by name: a pretrained backbone, whole or cut where training begins, and a linear head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from classification.timm_models import ImageClassifier, timm_classifier
 from training import choose
 
 
@@ -114,13 +115,21 @@ def dinov2_small(
     return split_vit(encoder(cache, image_size), frozen_blocks, classes)
 
 
-MODELS: dict[str, Callable[..., tuple[nn.Module, TokenClassifier]]] = {"dinov2_small": dinov2_small}
+Classifier = TokenClassifier | ImageClassifier
+"""What trains: ``model(**inputs, labels) -> {"logits": (B, C), "labels": (B,)}``, with the paths of its `heads`."""
+
+MODELS: dict[str, Callable[..., tuple[nn.Module | None, Classifier]]] = {
+    "dinov2_small": dinov2_small,
+    "vit_b16": timm_classifier,
+    "swin_b": timm_classifier,
+    "convnext_b": timm_classifier,
+}
 
 
 def build_model(
     settings: Mapping[str, Any], *, cache: Path, image_size: int, classes: int
-) -> tuple[nn.Module, TokenClassifier]:
-    """Build the model that `settings` name: (frozen beginning, end to train), both in evaluation mode.
+) -> tuple[nn.Module | None, Classifier]:
+    """Build the model that `settings` name: (frozen beginning or None, what trains), both in evaluation mode.
 
     Raises:
         ValueError: if the model or one of its settings is unknown or out of range.

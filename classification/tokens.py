@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,8 @@ class LabelledTokens(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"tokens": self.tokens[index], "labels": self.labels[index]}
+
+    def batches(self, size: int, *, first: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """What a model takes, in the split's order: {"tokens": (B, T, width)}; of the `first` images, or of all."""
+        for tokens in self.tokens[:first].split(size):
+            yield {"tokens": tokens}

@@ -14,14 +14,16 @@ from torch.utils.data import default_collate
 from adapters import save
 from classification.assemble import assemble
 from classification.data import SPLITS, ClassificationDataset
-from classification.evaluate import evaluate
+from classification.evaluate import Split, evaluate
 from classification.experiment import Experiment
+from classification.models import Classifier
 from eval import chance_accuracy
 from regularizers import Subspaces
 from training import RunFolder, Stage, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
 from training.run import is_first_process
+from training.stages import check_items
 
 
 def train(config: Mapping[str, Any]) -> RunFolder:
@@ -34,7 +36,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         The run's folder, with metrics.json and adapter.safetensors.
 
     Raises:
-        ValueError: for a bad configuration, before training starts.
+        ValueError, FileNotFoundError: for a bad configuration, before anything is written.
     """
     experiment = Experiment.of(config)
     run = RunFolder.of(experiment.runs, *experiment.levels)
@@ -43,11 +45,16 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         return run
 
     check_devices()
+    first_stage = experiment.recipe.stages[0].name
+    if experiment.start_from:
+        run.check_source(first_stage, experiment.start_from, config)
     with clock(run, "load data and encoder"):
         data, splits, model = assemble(experiment)
+        check_items(len(splits["train"]), experiment.recipe.batch_size)
+        validation = _validation(splits, experiment)
     run.begin(config)
     if experiment.start_from:
-        run.adopt_stage(experiment.recipe.stages[0].name, experiment.start_from, config)
+        run.adopt_stage(first_stage, experiment.start_from)
     hardware = describe(
         run,
         experiment,
@@ -56,16 +63,17 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             "fingerprint": _fingerprint(data),
             "images": {name: len(split) for name, split in splits.items()},
         },
-        preprocessing=data.preprocessing,
+        preprocessing=data.preprocessing
+        + ("" if data.augmentation == "none" else f"; in training {data.augmentation} instead"),
         metric="accuracy",
         frozen_elsewhere=model.frozen_parameters,
     )
     torch.set_num_threads(hardware.threads)
-    validation, precision = splits["validation"], hardware.precision
+    precision = hardware.precision
     probed: list[dict[str, Tensor]] = []
 
     def after_stage(stage: Stage, trained: nn.Module) -> None:
-        probed.append(heat_maps(probe(model, validation.tokens)))
+        probed.append(heat_maps(probe(model, splits)))
 
     with clock(run, "train") as watch:
         run_stages(
@@ -75,7 +83,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             dataset=splits["train"],
             collate=default_collate,
             objective=cross_entropy,
-            evaluator=lambda trained: evaluate(model, validation, precision=precision),
+            evaluator=None if validation is None else lambda trained: evaluate(model, validation, precision=precision),
             metric="accuracy",
             heads=model.heads,
             regularizer=experiment.regularizer,
@@ -88,7 +96,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         save(model, run.path / "adapter.safetensors")
 
     with clock(run, "evaluate"):
-        ends = ("validation", "test")
+        ends = ("validation", "test") if validation else ("test",)
         metrics: dict[str, Any] = {name: evaluate(model, splits[name], precision=precision) for name in ends}
         metrics["chance"] = {name: chance_accuracy(len(data.classes)) for name in ends}
         metrics |= record_redundancy(run, probed)
@@ -96,15 +104,32 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     return run
 
 
-def probe(model: nn.Module, tokens: Tensor) -> dict[str, Subspaces]:
-    """The subspaces of every low-rank layer on the first images of a split, without dropout; {} where there is none."""
+def probe(model: Classifier, splits: Mapping[str, Split]) -> dict[str, Subspaces]:
+    """The subspaces of every low-rank layer on validation images, without dropout; {} where there is none.
+
+    Where nothing is held out for validation, on training images without augmentation.
+    """
     device = next(model.parameters()).device
-    return subspaces_on(model, ({"tokens": some.to(device)} for some in tokens[:PROBE].split(PROBED_AT_ONCE)))
+    split = splits["validation"] if len(splits["validation"]) else splits["train"]
+    batches = split.batches(PROBED_AT_ONCE, first=PROBE)
+    return subspaces_on(model, ({name: t.to(device) for name, t in batch.items()} for batch in batches))
 
 
 def cross_entropy(outputs: Mapping[str, Tensor], epoch: float) -> dict[str, Tensor]:
     """What the model returns -> its loss by name; the epoch does not matter."""
     return {"cross_entropy": functional.cross_entropy(outputs["logits"].float(), outputs["labels"])}
+
+
+def _validation(splits: Mapping[str, Split], experiment: Experiment) -> Split | None:
+    """The validation split, or None where nothing is held out; ValueError if the recipe selects on it then."""
+    if len(splits["validation"]):
+        return splits["validation"]
+    if experiment.recipe.selection == "validation":
+        raise ValueError(
+            f"trainer.selection=validation, but data={experiment.data} trains on all images and holds none out for "
+            "validation; use trainer.selection=last, or a setting of the data that holds some out (data.train=train800)"
+        )
+    return None
 
 
 def _fingerprint(data: ClassificationDataset) -> str:

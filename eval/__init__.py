@@ -8,6 +8,7 @@ The way of the data, one idea a file:
     metrics      ranks -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
     chance       the same keys for a random ranking, in closed form
     accuracy     logits -> accuracy and cross-entropy, their chance and table (classification)
+    vtab         accuracies of VTAB-1K's data sets -> the averages that its tables print
     tables       metrics -> plain text
     diagnosis    subspaces of each layer -> redundancy, effective rank, dead components, as a table
     report       a run folder -> one HTML page, from run_folder, history, figures, redundancy and pictures

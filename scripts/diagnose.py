@@ -205,9 +205,10 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
         splits, model, captions = restore(run)
         on, captured = "validation pairs", probe(model, splits["validation"], captions["validation"])
     else:
-        _, tokens, classifier = assemble(experiment)
+        _, images, classifier = assemble(experiment)
         load(classifier, run / ADAPTER)
-        on, captured = "validation images", probe_images(classifier, tokens["validation"].tokens)
+        on = f"{'validation' if len(images['validation']) else 'training'} images"
+        captured = probe_images(classifier, images)
     return Measured(f"features ({on})", {layer: captured[layer] for layer in layers})
 
 

@@ -3,6 +3,11 @@
     python scripts/train_classification.py data=digits model=dinov2_small adapter=lora regularizer=linear seed=0
     python scripts/train_classification.py data.train_images=400 adapter=linear regularizer=none
 
+VTAB-1K and few-shot sets on ViT-B/16, once they are there (`python scripts/prepare_data.py data=vtab` says how):
+
+    python scripts/train_classification.py data=vtab data.dataset=cifar model=vit_b16 adapter=lora regularizer=linear
+    python scripts/train_classification.py data=few_shot data.dataset=oxford-pets data.shots=4 model=vit_b16
+
 A sweep, one run folder each:
 
     python scripts/train_classification.py --multirun regularizer=none,linear seed=0,1,2

@@ -8,6 +8,10 @@ protocol=as_published has the published code's mistakes back:
 
     python scripts/train_retrieval.py data=flickr30k model=vse_infty_base loss=triplet protocol=as_published
 
+Rows of the paper's Table 1, for Flickr30K and MSR-VTT (scripts/conf/table1):
+
+    python scripts/train_retrieval.py table1=msrvtt_lora_resora
+
 A sweep, one run folder each:
 
     python scripts/train_retrieval.py --multirun regularizer=none,linear seed=0,1,2

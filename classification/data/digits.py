@@ -36,6 +36,7 @@ class Digits:
 
     name = "digits"
     classes = tuple("0123456789")
+    augmentation = "none"
 
     def __init__(self, *, size: int = 56, train_images: int | None = None, subset_seed: int = 0) -> None:
         if size < 8:
@@ -43,7 +44,7 @@ class Digits:
         try:
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("the digits come with scikit-learn; pip install 'resora[demo]'") from error
+            raise ModuleNotFoundError("the digits come with scikit-learn; pip install -e '.[demo]'") from error
         source = load_digits()
         self.size = size
         self.pixels: np.ndarray = source.images.astype(np.uint8)  # (1797, 8, 8), 0..16
@@ -73,6 +74,10 @@ class Digits:
             torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
         return (grey - mean) / deviation
+
+    def augmented(self, index: int, seed: int) -> Tensor:
+        """``(3, size, size)``: the image as it is, whatever the seed."""
+        return self.images([index])[0]
 
 
 def stratified_splits(labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -50,11 +50,21 @@ def described(settings: Any) -> Mapping[str, Any]:
     )
     return {
         **{name: value for name, value in asdict(settings).items() if name != "output"},
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": f"python {shlex.join(_without_output(sys.argv))}",
         "date": date.today().isoformat(),
         "processor": model or platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """Where the page was written says nothing about its numbers, and may be a place that nobody else has."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--output" and not argument.startswith("--output="):
+            kept.append(argument)
+        skip = argument == "--output"
+    return kept
 
 
 def _lines(path: str) -> list[str]:

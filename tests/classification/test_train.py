@@ -23,6 +23,7 @@ from classification.assemble import assemble
 from classification.evaluate import evaluate, predict
 from classification.experiment import Experiment
 from classification.train import train
+from training import RunFolder
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -121,6 +122,9 @@ def test_an_adapter_without_subspaces(root: Path, tmp_path: Path) -> None:
         ("data.train_images=5", "train_images is 5; expected 10 to"),
         ("data.size=30", "not a positive multiple of the patch"),
         ("model.frozen_blocks=12", "expected 0 .* to 11"),
+        ("data.train_images=10", "10 training items make no batch of 16; lower trainer.batch_size"),
+        ("trainer.precision=bf16", "precision is 'bf16'; expected one of float32, bfloat16"),
+        ("trainer.threads=0", "threads is 0; expected at least 1"),
         ("adapter=linear", "use regularizer=none"),
         ("data.name=openmoji", "unknown data 'openmoji'; choose from digits"),
         ("model.name=vse_infty", "unknown model 'vse_infty'; choose from dinov2_small"),
@@ -130,3 +134,14 @@ def test_a_mistake_leaves_nothing(argument: str, hint: str, root: Path, tmp_path
     with pytest.raises(ValueError, match=hint):
         train(config(root, tmp_path, argument))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_gone_on_from_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    runs, other = tmp_path / "runs", RunFolder(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="expected a run folder that has finished its stage 'adapt'"):
+        train(config(root, runs, f"start_from={other.path}"))
+    other.begin(config(root, runs, "seed=4"))
+    other.write_json("checkpoints/adapt/history.json", [])
+    with pytest.raises(ValueError, match=r"was trained in another way .*seed: 4 there, 3 here"):
+        train(config(root, runs, f"start_from={other.path}"))
+    assert not runs.exists()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ from adapters import ADAPTERS
 from classification.experiment import Experiment as Classification
 from regularizers import REGULARIZERS
 from retrieval.experiment import Experiment as Retrieval
+from training.schedules import SCHEDULES
 
 
 def test_each_has_a_file() -> None:
@@ -42,3 +46,69 @@ def test_a_regularizer(name: str) -> None:
     assert experiment.regularizer is not None and experiment.regularizer.measure == name
     with pytest.raises(ValueError, match="adapter=bitfit has none"):
         Retrieval.of(compose("train_retrieval", [f"regularizer={name}", "adapter=bitfit"]))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["coco", "digits", "few_shot", "flickr30k", "msrvtt", "openmoji", "openmoji_clips", "vtab"]
+)
+def test_one_override_changes_the_schedule_of_a_recipe(recipe: str) -> None:
+    """The recipe follows from the data, as in a command; step has settings that no other schedule takes."""
+    command, experiment = (
+        ("train_classification", Classification)
+        if recipe in ("digits", "few_shot", "vtab")
+        else ("train_retrieval", Retrieval)
+    )
+    model = ["model=clip4clip"] if recipe in ("msrvtt", "openmoji_clips") else []
+    other = "cosine" if recipe in ("coco", "flickr30k") else "step"
+    config = compose(command, [f"data={recipe}", *model, f"trainer/schedule={other}"])
+    assert config["trainer"]["schedule"] == {"name": other} | ({"at": [15], "factor": 0.1} if other == "step" else {})
+    assert isinstance(experiment.of(config).recipe.schedule, SCHEDULES[other])  # type: ignore[arg-type]
+
+
+def test_each_schedule_has_a_file() -> None:
+    assert {path.stem for path in (CONF / "trainer/schedule").glob("*.yaml")} == set(SCHEDULES)
+    overrides = ["trainer/schedule=step", "trainer.schedule.at=[3, 4]"]
+    assert compose("train_retrieval", overrides)["trainer"]["schedule"] == {"name": "step", "at": [3, 4], "factor": 0.1}
+
+
+@pytest.fixture(scope="module")
+def composed() -> list[tuple[Any, dict[str, Any]]]:
+    return [(Retrieval, compose("train_retrieval", [])), (Classification, compose("train_classification", []))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"trainer.stages.regularize.epochs": 0},
+            r"regularizer=linear, but no stage that trains has regularize=true .*is adapt\).*use regularizer=none",
+        ),
+        (
+            {"trainer.stages.regularize.regularize": False},
+            r"\(there is adapt, regularize\): nothing would be penalised",
+        ),
+        ({"trainer.restart": False, "start_from": "runs/other"}, "both runs need trainer.restart=true"),
+        ({"trainer.precision": "bf16"}, "precision is 'bf16'; expected one of float32, bfloat16"),
+        ({"trainer.threads": 0}, "threads is 0; expected at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    composed: list[tuple[Any, dict[str, Any]]], changes: dict[str, Any], message: str
+) -> None:
+    for experiment, config in composed:
+        with pytest.raises(ValueError, match=message):
+            experiment.of(changed(config, changes))
+
+
+def test_without_a_penalty_no_stage_has_to_regularize(composed: list[tuple[Any, dict[str, Any]]]) -> None:
+    for experiment, config in composed:
+        without = changed(config, {"trainer.stages.regularize.epochs": 0, "regularizer": {"name": "none"}})
+        assert experiment.of(without).regularizer is None
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    for path, value in changes.items():
+        *above, key = path.split(".")
+        functools.reduce(dict.__getitem__, above, config)[key] = value
+    return config

@@ -1,0 +1,134 @@
+"""Whole models on list files, end to end at tiny size: real JPEG files, real timm models with random weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+from vtab_folder import write_few_shot, write_vtab
+
+from adapters import load
+from classification.assemble import assemble
+from classification.data import Digits
+from classification.evaluate import evaluate
+from classification.experiment import Experiment
+from classification.images import LabelledImages
+from classification.train import train
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+SMALL = """
+    model=vit_b16 model.architecture=test_vit model.weights=random data.size=32 data.check_counts=false seed=1
+    trainer.batch_size=8 trainer.threads=1 trainer.precision=float32 trainer.workers=0 trainer.evaluate_every=1
+    trainer.stages.adapt.epochs=4 trainer.stages.regularize.epochs=1 trainer.rates.adapter=1e-2 trainer.rates.head=1e-2
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_vtab(root), write_few_shot(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)  # a run sets its own
+
+
+def config(root: Path, runs: Path, *more: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "scripts/conf")):
+        composed = compose(
+            "train_classification", [f"root={root}", f"runs={runs}", *more[:1], *SMALL.split(), *more[1:]]
+        )
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def test_vtab_trains_on_all_images_and_looks_at_the_test_once(root: Path, tmp_path: Path) -> None:
+    asked = config(root, tmp_path, "data=vtab")
+    run = train(asked)
+    assert run.path == tmp_path / "classification/vtab-cifar/vit_b16/lora/linear/seed1"
+    metrics, described = run.read_json("metrics.json"), run.read_json("run.json")
+    assert set(metrics) == {"test", "chance", "redundancy"} and metrics["chance"]["test"]["accuracy"] == 25
+    assert metrics["test"]["accuracy"] > 60, "each class has its colour"
+    assert described["data"]["images"] == {"train": 24, "validation": 0, "test": 12}
+    assert described["preprocessing"].startswith("jpg files, ") and "32" in described["preprocessing"]
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert not [line for line in log if "validation" in line]
+    assert {part for line in log for part in line["parts"]} == {"cross_entropy", "resora_linear"}
+
+    # The adapter file alone gives the numbers again, on the backbone that the seed makes.
+    _, splits, model = assemble(Experiment.of(asked))
+    load(model, run.path / "adapter.safetensors")
+    assert evaluate(model, splits["test"]) == pytest.approx(metrics["test"], rel=1e-4)
+
+
+def test_held_out_images_choose_the_epoch(root: Path, tmp_path: Path) -> None:
+    held_out = ("data.train=train800", "trainer.selection=validation", "adapter=ssf", "regularizer=none")
+    run = train(config(root, tmp_path, "data=vtab", *held_out))
+    metrics = run.read_json("metrics.json")
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    scores = [line["validation"]["accuracy"] for line in log if "validation" in line]
+    assert len(scores) == 5 and metrics["validation"]["accuracy"] == pytest.approx(scores[-1])
+    with pytest.raises(ValueError, match=r"selection=validation, but data=vtab .* \(data\.train=train800\)"):
+        train(config(root, tmp_path / "other", "data=vtab", "trainer.selection=validation"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_few_shots(root: Path, tmp_path: Path) -> None:
+    few = ("data.dataset=oxford-pets", "data.shots=4", "data.augmentation=randaugment", "trainer.selection=last")
+    run = train(config(root, tmp_path, "data=few_shot", *few))
+    assert run.path == tmp_path / "classification/few_shot-oxford-pets-4/vit_b16/lora/linear/seed1"
+    described = run.read_json("run.json")
+    assert described["data"]["images"] == {"train": 12, "validation": 6, "test": 6}
+    assert "in training random resized crop" in described["preprocessing"]
+    assert set(run.read_json("metrics.json")) == {"validation", "test", "chance", "redundancy"}
+
+
+class Coloured:
+    """Image i is all i; augmented, it is i and its seed."""
+
+    labels = np.array([5, 6, 7])
+    augmentation = "seeded"
+
+    def images(self, indices: list[int]) -> Tensor:
+        return torch.stack([torch.full((3, 2, 2), float(index)) for index in indices])
+
+    def augmented(self, index: int, seed: int) -> Tensor:
+        return torch.full((3, 2, 2), float(index + seed % 1000 / 1000))
+
+
+def test_augmentation_follows_seed_and_epoch_and_stays_out_of_evaluation() -> None:
+    data: Any = Coloured()
+    first, again, other = (LabelledImages(data, np.array([2, 0]), augmented=True, seed=seed) for seed in (0, 0, 1))
+    assert [first[0]["labels"].item(), first[1]["labels"].item()] == [7, 5]
+    in_epoch_0 = first[0]["images"]
+    assert torch.equal(in_epoch_0, again[0]["images"]) and not torch.equal(in_epoch_0, other[0]["images"])
+    first.set_epoch(1)
+    assert not torch.equal(in_epoch_0, first[0]["images"])
+    (batch,) = first.batches(8)
+    assert batch["images"][:, 0, 0, 0].tolist() == [2, 0]
+    assert [len(batch["images"]) for batch in first.batches(1, first=1)] == [1]
+
+
+def test_a_cut_model_refuses_augmentation(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes tokens, which are computed once."""
+    (tmp_path / "cache").symlink_to(cache.resolve())
+    monkeypatch.setattr(Digits, "augmentation", "flip")
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "scripts/conf")):
+        composed = compose("train_classification", [f"root={tmp_path}", "data.size=28", "model.frozen_blocks=11"])
+    with pytest.raises(ValueError, match=r"tokens of an image once, and data\.augmentation='flip' .* \(vit_b16\)"):
+        assemble(Experiment.of(OmegaConf.to_container(composed, resolve=True)))
