@@ -50,5 +50,5 @@ format: .venv/dev.installed ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment, the data and the runs
-	rm -rf .venv data runs outputs multirun
+clean: ## remove the environment and caches; data and runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
