@@ -8,6 +8,11 @@ import pytest
 import adapters  # noqa: F401  (makes timm importable beside a CPU-only torch, whatever a test imports first)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute or more first, so that no process of pytest-xdist is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_benchmark.py", "test_stages.py"))
+
+
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where the pretrained encoders are kept between test runs: $RESORA_CACHE, or data/cache in the repository."""

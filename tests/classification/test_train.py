@@ -1,10 +1,9 @@
-"""The command itself at tiny size, end to end: the real encoder, real digits."""
+"""The command at tiny size, end to end: the real encoder, real digits."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sklearn.metrics import accuracy_score
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_classification.py`
+
+import train_classification
 
 from adapters import load
 from classification.assemble import assemble
@@ -56,10 +59,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)  # a run sets its own
 
 
-def test_lora_with_the_penalty(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/train_classification.py", *overrides(root, tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_lora_with_the_penalty(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train_classification.main(config(root, tmp_path))
+    printed = capsys.readouterr().out
     folder = tmp_path / "classification/digits/dinov2_small/lora/linear/seed3"
     metrics, described = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "run"))
     asked = yaml.safe_load((folder / "config.yaml").read_text())
@@ -72,7 +74,7 @@ def test_lora_with_the_penalty(root: Path, tmp_path: Path) -> None:
     assert described["total_parameters"] > 21_000_000
 
     # What it printed is what it measured, and the file alone gives it again.
-    assert re.search(rf"test .* {metrics['test']['accuracy']:.1f}", done.stdout) and str(folder) in done.stdout
+    assert re.search(rf"test .* {metrics['test']['accuracy']:.1f}", printed) and str(folder) in printed
     assert set(metrics) == {"validation", "test", "chance", "redundancy"}
     assert metrics["test"]["accuracy"] > 20 and metrics["chance"]["test"]["accuracy"] == 10
     data, splits, model = assemble(Experiment.of(asked))

@@ -1,12 +1,14 @@
-"""What a user sees who asks for help or mistypes: real processes, as they are launched."""
+"""What a user sees who asks for help or mistypes."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -23,14 +25,32 @@ ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ("train_retrieval", "train_classification", "prepare_data", "evaluate")
 
 
-def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, f"scripts/{command}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+class Done(NamedTuple):
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Done]:
+    """Run a command's file as its own program, in this process: a new one imports for ten seconds what is here."""
+
+    def run(command: str, *arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{command}.py", *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / f"{command}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_two_examples_of_the_command(command: str) -> None:
+def test_help_shows_two_examples_of_the_command(command: str, run: Callable[..., Done]) -> None:
     done = run(command, "--help")
     assert done.returncode == 0, done.stderr
     examples = [line for line in done.stdout.splitlines() if line.strip().startswith(f"python scripts/{command}.py ")]
@@ -51,7 +71,7 @@ def test_the_summary_of_a_run_is_printed_once(
     assert capsys.readouterr().out.count("the table") == 1
 
 
-def test_help_offers_what_fits_the_command() -> None:
+def test_help_offers_what_fits_the_command(run: Callable[..., Done]) -> None:
     retrieval, classification = run("train_retrieval", "--help").stdout, run("train_classification", "--help").stdout
     for group, choices in {
         "data": ("openmoji", "openmoji_clips", "msrvtt", "flickr30k", "coco"),
@@ -84,12 +104,21 @@ def test_help_offers_what_fits_the_command() -> None:
         ("root=nowhere", "python scripts/prepare_data.py data=openmoji"),
     ],
 )
-def test_a_mistake_gets_one_line_and_no_stack_trace(argument: str, hint: str, tmp_path: Path, scenes: Path) -> None:
+def test_a_mistake_gets_one_line_and_no_stack_trace(
+    argument: str, hint: str, tmp_path: Path, scenes: Path, run: Callable[..., Done]
+) -> None:
     done = run("train_retrieval", f"root={scenes}", f"runs={tmp_path}", argument)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr and hint in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert hint in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_a_mistake_as_it_is_launched(tmp_path: Path) -> None:
+    """A process of its own: nothing but that line, whatever the libraries have to say."""
+    command = [sys.executable, "scripts/train_retrieval.py", f"root={tmp_path}", f"runs={tmp_path}", "adapter=lora"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "python scripts/prepare_data.py data=openmoji" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_evaluating_what_is_no_retrieval_run_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
