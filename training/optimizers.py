@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from adapters import adapter_parameters
-from adapters.inject import is_below
+from adapters.inject import parameters_below
 from training.bert_adam import BertAdam
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "bert_adam": BertAdam}
@@ -44,11 +44,11 @@ def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, .
     Raises:
         ValueError: if nothing trains.
     """
-    adapter = adapter_parameters(model)
+    adapter, of_heads = adapter_parameters(model), parameters_below(model, heads)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "adapter" if name in adapter else "head" if is_below(name, heads) else "backbone"
+            kind = "adapter" if name in adapter else "head" if parameter in of_heads else "backbone"
             groups.setdefault((kind, parameter.dim() > 1 or rates.decay_vectors), []).append(parameter)
     if not groups:
         raise ValueError(f"nothing trains in {type(model).__name__}: inject an adapter, or name what trains besides it")

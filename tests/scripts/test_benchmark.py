@@ -24,6 +24,7 @@ import benchmark
 import benchmarks.adapted_models as adapted_models
 import benchmarks.adapters as adapters_subject
 import benchmarks.regularizers as subject
+import benchmarks.training as training_subject
 from benchmarks.measure import count, median_interval, paired_ratios, resident_peak
 from benchmarks.naive_equations import NAIVE
 
@@ -137,6 +138,7 @@ def test_pairs_alternate_and_warm_up_does_not_count() -> None:
 def test_a_tiny_benchmark_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Here, not in fresh processes: a minute of imports less. The resident peak then has no meaning.
     monkeypatch.setattr(subject, "in_fresh_process", lambda function, *arguments: (function(*arguments)[0], 1))
+    monkeypatch.setattr(subject, "WARM_UP", 0)  # no time is looked at
     options = "--model vit_tiny_patch16_224 --image-size 32 --batch 2 --pairs 2 --measures linear --samples 500 1000"
     command = ["regularizers", *options.split(), "--threads", "1", "--output", str(tmp_path / "made")]
     threads = torch.get_num_threads()
@@ -188,6 +190,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     """In one process, which spares the imports; only resident memory, which is not looked at, needs fresh ones."""
     monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
+    monkeypatch.setattr(adapters_subject, "WARM_UP", 0)  # no time is looked at
     options = "--tiny --backbones vit vit_transformers --methods lora dtl --batch 1 --pairs 1 --few-pairs 1"
     options += " --paper-batch 2 --paper-pairs 2 --small-pairs 1 --merged-pairs 1 --threads 1"
     benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
@@ -220,6 +223,7 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
 
 def test_a_part_in_one_precision_joins_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 1.0)
+    monkeypatch.setattr(adapters_subject, "WARM_UP", 0)
     options = f"adapters --parts merged --tiny --backbones vit --merged-pairs 1 --threads 1 --output {tmp_path}"
 
     def measured(more: str) -> dict[str, Any]:
@@ -260,7 +264,8 @@ def test_a_step_without_lora_differs_by_the_products_of_lora_alone(pair: adapted
     assert with_it - without == expected
 
 
-def test_a_tiny_benchmark_of_the_text_side_writes_its_page(tmp_path: Path) -> None:
+def test_a_tiny_benchmark_of_the_text_side_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_subject, "WARM_UP", 0)
     threads = torch.get_num_threads()
     try:
         benchmark.main(

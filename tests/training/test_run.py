@@ -39,6 +39,15 @@ def test_parameters_fall_into_groups_by_what_they_are() -> None:
         parameter_groups(Tower().requires_grad_(False), rates, ("head",))
 
 
+def test_a_head_that_is_tied_trains_at_the_heads_rate() -> None:
+    head = nn.Linear(4, 5, bias=False)
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "fc1": nn.Linear(4, 4), "head": head})
+    head.weight = model["embedding"].weight  # which named_parameters calls embedding.weight
+    inject(model, LoRA(rank=2, targets=("fc1",)), train=("head",))
+    groups = parameter_groups(model, LearningRates(), ("head",))
+    assert [group["name"] for group in groups if head.weight in set(group["params"])] == ["head"]
+
+
 def test_a_run_refuses_another_configuration_and_a_path_out_of_its_root(tmp_path: Path) -> None:
     run = RunFolder.of(tmp_path, "retrieval", "openmoji", "seed0")
     run.begin({"seed": 0, "adapter": {"rank": 8}})
