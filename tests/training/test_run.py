@@ -43,7 +43,7 @@ def test_a_head_that_is_tied_trains_at_the_heads_rate() -> None:
     head = nn.Linear(4, 5, bias=False)
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "fc1": nn.Linear(4, 4), "head": head})
     head.weight = model["embedding"].weight  # which named_parameters calls embedding.weight
-    inject(model, LoRA(rank=2, targets=("fc1",)), train=("head",))
+    inject(model, LoRA(rank=2, targets=r"^fc1"), train=("head",))
     groups = parameter_groups(model, LearningRates(), ("head",))
     assert [group["name"] for group in groups if head.weight in set(group["params"])] == ["head"]
 
