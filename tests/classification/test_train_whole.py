@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from classification.images import LabelledImages
 from classification.train import train
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 SMALL = """
     model=vit_b16 model.architecture=test_vit model.weights=random data.size=32 data.check_counts=false seed=1
     trainer.batch_size=8 trainer.threads=1 trainer.precision=float32 trainer.workers=0 trainer.evaluate_every=1
