@@ -23,7 +23,7 @@ from adapters.dtl import DTL, DTLPlus  # noqa: E402
 from adapters.fact import FacTTK, FacTTT  # noqa: E402
 from adapters.houlsby import Houlsby  # noqa: E402
 from adapters.inject import (  # noqa: E402
-    adapter_parameters,
+    adapter_parameter_names,
     adapter_table,
     after_step,
     inject,
@@ -71,7 +71,7 @@ __all__ = [
     "Prefix",
     "ScheduledAdapter",
     "UniPT",
-    "adapter_parameters",
+    "adapter_parameter_names",
     "adapter_table",
     "after_step",
     "export_peft",

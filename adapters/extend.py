@@ -13,6 +13,7 @@ would break `copy.deepcopy` and `torch.save`.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
@@ -53,9 +54,10 @@ def extend(module: nn.Module, extension: type[E]) -> E:
 
 
 def restore(module: Extension) -> None:
-    """Undo `extend`, in place."""
+    """Undo `extend`, in place, also where what was to be added is there in part only."""
     for name in module.added:
-        delattr(module, name)
+        with contextlib.suppress(AttributeError):
+            delattr(module, name)
     module.__class__ = module.stock_class  # type: ignore[assignment]
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from adapters.base import Adapter, Branched, PenalizedAdapter, ScheduledAdapter
 from adapters.encoder_layer import leave_fast_path, return_to_fast_path
-from adapters.extend import Extension
+from adapters.extend import Extension, restore
 
 INJECTED = "_has_been_injected"  # on every module of a model that had an adapter injected, for good
 
@@ -21,9 +22,14 @@ class Injection:
 
     adapter: Adapter
     train: tuple[str, ...]
-    own: frozenset[str]
-    """Names of the parameters that the adapter brought, or chose to train (biases, say)."""
+    own: frozenset[str] = frozenset()
+    """Names of the parameters that the adapter brought, or chose to train (biases, say); none for `full`."""
     merged: bool = False
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The paths at and below which everything trains: `train`, and for `full` that of the model, ""."""
+        return ("",) if self.adapter.name == "full" else self.train
 
 
 def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, show: bool = False) -> nn.Module:
@@ -42,7 +48,7 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
     Raises:
         ValueError: if the model, a part of it or a model that it is a part of holds an adapter already or had one
             merged into it, if a target is nowhere in it or a layer with a forward of its own, or if a name in `train`
-            is unknown. Nothing has changed then.
+            is unknown. Whatever is raised, nothing has changed then.
     """
     train = (train,) if isinstance(train, str) else tuple(train)
     check_fresh(model)
@@ -53,26 +59,40 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
         raise ValueError(
             f"train={unknown[0]!r} names nothing in {type(model).__name__}; did you mean {', '.join(close)}?"
         )
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
+    with unchanged_on_error(model):
+        model.requires_grad_(False)
         adapter.apply(model)
-    except Exception:
-        for parameter in trained:
+        trains = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        held = Injection(adapter, train, frozenset() if adapter.name == "full" else trains)
+        for parameter in parameters_below(model, train):
             parameter.requires_grad_(True)
-        raise
-    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    own = frozenset() if adapter.name == "full" else frozenset(trains)
-    for parameter in parameters_below(model, train):
-        parameter.requires_grad_(True)
-    leave_fast_path(model)
-    for module in model.modules():
-        object.__setattr__(module, INJECTED, True)
-    object.__setattr__(model, "injection", Injection(adapter, train, own))
-    if show:
-        print(adapter_table(model))
+        leave_fast_path(model)
+        for module in model.modules():
+            object.__setattr__(module, INJECTED, True)
+        object.__setattr__(model, "injection", held)
+        if show:
+            print(adapter_table(model))
     return model
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """What is injected into a fresh model inside this context is taken out again if it ends in an error of any kind."""
+    extended = {module for module in model.modules() if isinstance(module, Extension)}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for module in list(model.modules()):
+            if isinstance(module, Extension) and module not in extended:
+                restore(module)
+        return_to_fast_path(model)
+        for parameter, trains in trained.items():
+            parameter.requires_grad_(trains)
+        for module in model.modules():
+            vars(module).pop(INJECTED, None)
+        vars(model).pop("injection", None)
+        raise
 
 
 def check_fresh(model: nn.Module) -> None:
@@ -106,21 +126,41 @@ def injection(model: nn.Module) -> Injection | None:
     return None if held is None or held.merged else held
 
 
+def injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
+    """The modules that something was injected into, `model` itself or parts of it, with what that was."""
+    found = [(module, vars(module).get("injection")) for module in model.modules()]
+    return [(module, held) for module, held in found if isinstance(held, Injection) and not held.merged]
+
+
+def trained_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What an injection into `model` itself trains, frozen by hand or not; nothing where there is none."""
+    if (held := injection(model)) is None:
+        return set()
+    return {p for name, p in model.named_parameters() if name in held.own} | parameters_below(model, held.whole)
+
+
 def loss_parts(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's own parts of a training loss, weighted; {} where it has none (see `PenalizedAdapter`)."""
-    held = injection(model)
-    return held.adapter.loss_parts(model) if held and isinstance(held.adapter, PenalizedAdapter) else {}
+    """The own parts of a training loss of all adapters in `model`, weighted, by name (see `PenalizedAdapter`).
+
+    Those of equal name are summed; {} where there is none.
+    """
+    parts: dict[str, Tensor] = {}
+    for module, held in injections(model):
+        if isinstance(held.adapter, PenalizedAdapter):
+            for name, part in held.adapter.loss_parts(module).items():
+                parts[name] = parts[name] + part if name in parts else part
+    return parts
 
 
 def after_step(model: nn.Module, step: int, total_steps: int) -> None:
-    """Tell the adapter that the optimiser took its step number `step`, before gradients are cleared.
+    """Tell all adapters in `model` that the optimiser took its step number `step`, before gradients are cleared.
 
-    Nothing happens where the adapter is no `ScheduledAdapter`. `training.ReSoRAMixin` calls this and `loss_parts`; a
+    Nothing happens where an adapter is no `ScheduledAdapter`. `training.ReSoRAMixin` calls this and `loss_parts`; a
     training loop without it has to.
     """
-    held = injection(model)
-    if held and isinstance(held.adapter, ScheduledAdapter):
-        held.adapter.after_step(model, step, total_steps)
+    for module, held in injections(model):
+        if isinstance(held.adapter, ScheduledAdapter):
+            held.adapter.after_step(module, step, total_steps)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -141,7 +181,7 @@ def merge(model: nn.Module) -> nn.Module:
     for _, module in extended:
         module.merge()
     return_to_fast_path(model)
-    object.__setattr__(model, "injection", Injection(held.adapter, held.train, frozenset(), merged=True))
+    object.__setattr__(model, "injection", Injection(held.adapter, held.train, merged=True))
     return model
 
 
@@ -165,10 +205,10 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def adapter_parameters(model: nn.Module) -> set[str]:
-    """The names of the parameters that train because of the adapter (not what `train` named; none for `full`)."""
-    held = injection(model)
-    return set(held.own) if held else set()
+def adapter_parameter_names(model: nn.Module) -> set[str]:
+    """The names of the parameters of all adapters in `model`: not what `train` named, and none for `full`."""
+    own = {p for module, held in injections(model) for name, p in module.named_parameters() if name in held.own}
+    return {name for name, parameter in model.named_parameters() if parameter in own}
 
 
 def adapter_table(model: nn.Module) -> str:

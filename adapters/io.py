@@ -1,8 +1,8 @@
 """One safetensors file: the tensors that trained, and in its metadata all that is needed to put them back.
 
-The file holds every parameter that trains and the persistent buffers beside them and in what `train` names (the running
-statistics of a batch norm in a head). The metadata holds the adapter's configuration, what trained besides it, and an
-identity of the frozen rest.
+The file holds every parameter that the injection trains, also while it is frozen for evaluation, and the persistent
+buffers beside them and in what `train` names (the running statistics of a batch norm in a head). The metadata holds the
+adapter's configuration, what trained besides it, and an identity of the frozen rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,17 +21,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.base import Adapter
-from adapters.inject import check_fresh, inject, injection, is_below, parameters_below
+from adapters.inject import (
+    Injection,
+    check_fresh,
+    inject,
+    injection,
+    is_below,
+    trained_parameters,
+    unchanged_on_error,
+)
 from adapters.methods import ADAPTERS
 
 FORMAT = "resora-adapter-1"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write what trains in `model`, and the adapter's configuration, to one safetensors file (atomically).
+    """Write what the injection trains, and the adapter's configuration, to one safetensors file (atomically).
 
     Raises:
-        ValueError: if the model holds no adapter, or it has been merged.
+        ValueError: if the model holds no adapter, if it has been merged, or if a parameter trains that is not the
+            injection's, which `load` could not put back.
     """
     if (held := injection(model)) is None:
         merged = hasattr(model, "injection")
@@ -41,14 +50,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             else "call inject(model, adapter) first"
         )
         raise ValueError(f"{type(model).__name__} holds no adapter{' any more' if merged else ''}: {hint}")
-    path = Path(path)
+    path, trained = Path(path), trained_parameters(model)
+    if other := [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]:
+        raise ValueError(
+            f"{other[0]} trains, but {held.adapter.name} with train={held.train} does not say so, and load could not "
+            "put it back: name it in inject(model, adapter, train=...), or freeze it before save"
+        )
     metadata = {
         "format": FORMAT,
         "adapter": json.dumps({"name": held.adapter.name, **asdict(cast(Any, held.adapter))}),
         "train": json.dumps(held.train),
-        "base": base_identity((name, p) for name, p in model.named_parameters() if not p.requires_grad),
+        "base": base_identity((name, p) for name, p in model.named_parameters() if p not in trained),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _saved(model).items()}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=metadata)
     os.replace(partial, path)
@@ -63,7 +77,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: if the file is not one of ours, was trained on another backbone, was made with another
             configuration than the model's, or its tensors are not exactly the model's (missing, unexpected and
-            misshaped ones are named).
+            misshaped ones are named). Nothing has changed then.
     """
     adapter, tensors, metadata = read(path)
     train = tuple(json.loads(metadata["train"]))
@@ -72,12 +86,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(
             f"{path} holds {adapter} with train={train}, but the model {held.adapter} with train={held.train}"
         )
-    if held is not None:
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    else:  # what will be frozen: all that is not in the file
+    if held is None:  # what will be frozen: all that is not in the file
         check_fresh(model)
-        trains = (*tensors, *train, *([""] if adapter.name == "full" else []))
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not is_below(name, trains)}
+        trains = (*tensors, *Injection(adapter, train).whole)
+        frozen = {name: p for name, p in model.named_parameters() if not is_below(name, trains)}
+    else:
+        trained = trained_parameters(model)
+        frozen = {name: p for name, p in model.named_parameters() if p not in trained}
     if metadata["base"] != (identity := base_identity(frozen.items())):
         half = torch.float16 in {tensor.dtype for tensor in (*tensors.values(), *frozen.values())}
         raise ValueError(
@@ -85,10 +100,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             "load the weights that it was trained on before the adapter"
             + (", in the precision that it was saved in: float16 rounds them to others" if half else "")
         )
-    if held is None:
-        _check_train(tensors, model, ("",) if adapter.name == "full" else train, path)
+    if held is not None:
+        _copy(tensors, _saved(model), path)
+        return model
+    with unchanged_on_error(model):
         inject(model, adapter, train)
-    _copy(tensors, _trained(model), path)
+        _copy(tensors, _saved(model), path)
     return model
 
 
@@ -136,19 +153,17 @@ def base_identity(frozen: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, and the persistent buffers of modules that own one or that `train` names, by name."""
-    held = injection(model)
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """What a file holds of a model with an adapter, by name (the first one of parameters that are tied).
+
+    That is the parameters that the injection trains, and the persistent buffers of modules that own one of them or lie
+    where everything trains.
+    """
+    held, trained = injection(model), trained_parameters(model)
     assert held is not None
-    named = ("",) if held.adapter.name == "full" else held.train
-    return _with_buffers(model, {parameter for parameter in model.parameters() if parameter.requires_grad}, named)
-
-
-def _with_buffers(model: nn.Module, chosen: Collection[nn.Parameter], named: tuple[str, ...]) -> dict[str, Tensor]:
-    """`chosen` parameters, by the first name of those that are tied, and the buffers beside them and below `named`."""
-    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in chosen}
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in trained}
     for path, module in model.named_modules():
-        if is_below(path, named) or any(parameter in chosen for parameter in module.parameters(recurse=False)):
+        if is_below(path, held.whole) or any(parameter in trained for parameter in module.parameters(recurse=False)):
             persistent = {
                 n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
             }
@@ -156,32 +171,15 @@ def _with_buffers(model: nn.Module, chosen: Collection[nn.Parameter], named: tup
     return tensors
 
 
-def _check_train(
-    tensors: dict[str, Tensor], model: nn.Module, train: tuple[str, ...], path: str | os.PathLike[str]
-) -> None:
-    """Raise ValueError if a file does not fit what is in a fresh model already: all but what the adapter brings."""
-    own = dict(model.named_parameters())
-    target = _with_buffers(model, parameters_below(model, train), train)
-    target |= {name: own[name] for name in tensors if name in own}
-    inside = {name: tensor for name, tensor in tensors.items() if name in target or is_below(name, train)}
-    _check(inside, target, path, more=True)
-
-
-def _check(
-    source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str], more: bool = False
-) -> None:
-    """Raise ValueError unless `source` holds what `target` does, in the same shapes, and, without `more`, no others."""
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Copy; raises ValueError, before it does, unless both hold the same names and shapes."""
     missing, unexpected = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     shapes = [f"{n} {tuple(source[n].shape)} instead of {tuple(t.shape)}" for n, t in target.items()
               if n in source and source[n].shape != t.shape]  # fmt: skip
-    if missing or shapes or (unexpected and not more):
+    if missing or unexpected or shapes:
         raise ValueError(
             f"{path} does not fit the model: missing {missing}, unexpected {unexpected}, misshaped {shapes}"
         )
-
-
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    _check(source, target, path)
     for name, tensor in target.items():
         tensor.copy_(source[name])

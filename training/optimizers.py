@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from adapters import adapter_parameters
+from adapters import adapter_parameter_names
 from adapters.inject import parameters_below
 from training.bert_adam import BertAdam
 
@@ -44,7 +44,7 @@ def parameter_groups(model: nn.Module, rates: LearningRates, heads: tuple[str, .
     Raises:
         ValueError: if nothing trains.
     """
-    adapter, of_heads = adapter_parameters(model), parameters_below(model, heads)
+    adapter, of_heads = adapter_parameter_names(model), parameters_below(model, heads)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

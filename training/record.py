@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import adapter_parameters, trainable_parameters
+from adapters import adapter_parameter_names, trainable_parameters
 from regularizers import Subspaces, capture, redundancy
 from regularizers.diagnostics import mean_off_diagonal
 from regularizers.layers import low_rank_layers
@@ -56,7 +56,7 @@ def describe(
         )
     if "threads" not in described:
         hardware = choose_hardware(experiment.threads, experiment.precision)
-        of_adapter = adapter_parameters(model)
+        of_adapter = adapter_parameter_names(model)
         described |= environment() | {
             "seed": experiment.seed,
             "device": device_name(),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -55,6 +56,23 @@ def test_a_saved_adapter_gives_the_same_outputs_on_a_fresh_backbone(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
+@pytest.mark.parametrize("adapter", [LoRA(rank=3), Full(), Linear()], ids=lambda a: a.name)
+def test_a_model_that_is_frozen_by_now_saves_and_loads_the_same(tmp_path: Path, adapter: LoRA) -> None:
+    model, ids = trained(adapter), torch.randint(0, 50, (4, 6))
+    expected = model(ids)
+    save(model.requires_grad_(False), tmp_path / "a.safetensors")
+    for other in (Model(), inject(Model(), adapter, train=("head",)).requires_grad_(False)):
+        assert torch.equal(load(other, tmp_path / "a.safetensors").eval()(ids), expected)
+
+
+def test_what_was_unfrozen_by_hand_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = trained(LoRA(rank=3))
+    model.bert.encoder.layer[1].output.LayerNorm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.LayerNorm\.weight trains, .*train=\('head',\)"):
+        save(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_holds_what_trains_and_its_configuration(tmp_path: Path) -> None:
     save(trained(LoRA(rank=3, targets=("q",))), tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
@@ -83,8 +101,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         load(inject(Model(), LoRA(rank=4), train=("head",)), path)
     with pytest.raises(ValueError, match="holds no adapter"):
         save(Model(), path)
-
-    from safetensors.torch import load_file, save_file
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -156,6 +172,20 @@ def test_a_file_with_another_head_leaves_the_model_as_it_was(tmp_path: Path, ada
         assert not hasattr(model, "injection") and set(dict(model.named_parameters())) == before
         assert all(parameter.requires_grad for parameter in model.parameters())
         inject(model, adapter)
+
+
+def test_a_file_with_another_rank_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(trained(LoRA(rank=3)), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({n: torch.zeros(2, 16) if n.endswith(".A") else t for n, t in load_file(path).items()}, path, metadata)
+    model = Model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"branches.q.A \(2, 16\) instead of \(3, 16\)"):
+        load(model, path)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert not hasattr(model, "injection") and all(parameter.requires_grad for parameter in model.parameters())
 
 
 class Tied(nn.Module):

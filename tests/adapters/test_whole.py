@@ -10,7 +10,7 @@ from test_ssf import clip_b32
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from adapters import Full, Linear, Partial, adapter_parameters, inject, trainable_parameters
+from adapters import Full, Linear, Partial, adapter_parameter_names, inject, trainable_parameters
 
 
 def meta(name: str) -> nn.Module:
@@ -62,7 +62,7 @@ def test_the_last_block_and_the_norm_after_it(backbone: str) -> None:
         for name, _ in model.named_parameters()
         if any(name == f"backbone.{part}" or name.startswith(f"backbone.{part}.") for part in LAST[backbone])
     }
-    assert adapter_parameters(inject(model, Partial(blocks=1))) == expected
+    assert adapter_parameter_names(inject(model, Partial(blocks=1))) == expected
 
 
 def test_bad_numbers_of_blocks_are_refused() -> None:

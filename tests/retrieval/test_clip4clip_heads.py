@@ -11,7 +11,7 @@ from small_clip import away_from_zero, clips, sentences, small_clip, torchs_laye
 from torch import nn
 from torch.nn import functional as F
 
-from adapters import Full, LoRA, adapter_parameters, inject
+from adapters import Full, LoRA, adapter_parameter_names, inject
 from retrieval.clip4clip import CLIP4Clip, tight_transformer
 from retrieval.clip4clip.frame_lstm import FrameLSTM
 from retrieval.clip4clip.frame_transformer import FrameTransformer
@@ -158,7 +158,7 @@ def test_an_adapter_goes_into_the_towers_and_keeps_its_learning_rate(clip: nn.Mo
     """In prior code an adapter inside "clip." fell into the group of 1e-7."""
     model = CLIP4Clip(clip, head=head)
     inject(model, LoRA(rank=2, targets=("q", "v", "fc1")), train=model.heads)
-    own = adapter_parameters(model)
+    own = adapter_parameter_names(model)
     assert own and all(name.startswith("clip.") for name in own)
     rates = LearningRates(adapter=1e-4, head=2e-4, backbone=1e-7, weight_decay=0.2)
     rate_of = {id(p): g["lr"] for g in parameter_groups(model, rates, model.heads) for p in g["params"]}
