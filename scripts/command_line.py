@@ -7,21 +7,19 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
+from mistakes import mistakes_in_one_line, stop
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from sweep import Sweep, check_jobs, jobs_of
 
 CONF = Path(__file__).parent / "conf"
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its load report names BERT's unused pooler as a problem
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a hub; without it transformers would try
 
 
 def launch(
@@ -31,14 +29,17 @@ def launch(
     *,
     choices: Mapping[str, Iterable[str]] | None = None,
     words: Mapping[str, Callable[[dict[str, Any]], None]] | None = None,
+    check: Callable[[dict[str, Any]], Any] | None = None,
 ) -> None:
     """Compose `conf/<name>.yaml` with the command line's overrides and call `main` with the plain nested configuration.
 
     Commands share the folders of `conf`; `choices` names what fits this one, for each group where not everything does.
-    `words` are further things that the command can do, named by a bare word before the overrides ("verify").
+    `words` are further things that the command can do, named by a bare word before the overrides ("verify"). `check`
+    raises ValueError for a configuration that `main` would refuse; a sweep asks it about every job before the first.
 
     `--multirun` and every other flag of Hydra work. What a user got wrong (ValueError, a missing file) is printed in
-    one line and ends with exit code 2; anything else is a bug and keeps its stack trace.
+    one line and ends with exit code 2; anything else is a bug and keeps its stack trace. In a sweep a job that fails
+    ends no other, and the list of them comes last, with exit code 2.
     """
     main = _take_word(words or {}) or main
     arguments = sys.argv[1:]
@@ -52,37 +53,28 @@ def launch(
     if not other_folders and (message := _unknown_choice(overrides, known)):
         stop(message)
 
+    # Of several processes each runs the whole sweep: one that went on alone would leave the others waiting for it.
+    sweep = Sweep(main) if given.multirun and int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def run(config: DictConfig) -> None:
+        if sweep:
+            sweep.run(plain(config))
+            return
         with mistakes_in_one_line():  # here: around `run`, Hydra has printed a stack trace already
             main(plain(config))
 
     try:
         if overrides == arguments:  # a flag may ask for a sweep, or for something else than a run
             compose(name, overrides)
+        own_sweeper = any(override.startswith("hydra/sweeper") for override in overrides)
+        if given.multirun and check and not (other_folders or own_sweeper):
+            check_jobs(jobs_of(overrides), lambda job: check(compose(name, job)))
         run()
+        if sweep:
+            sweep.finish()
     except (HydraException, OmegaConfBaseException) as error:
         stop(_explain(str(error), overrides, name, known))
-
-
-@contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """Print what a user got wrong (ValueError, a missing file) in one line and end with exit code 2.
-
-    With RESORA_TRACEBACK=1 in the environment, the stack trace stays: for a mistake that is ours.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("RESORA_TRACEBACK"):
-            raise
-        stop(f"error: {error}")
-
-
-def stop(message: str) -> NoReturn:
-    """Print what a user got wrong and end with exit code 2."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
 
 
 def compose(name: str, overrides: list[str]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from command_line import mistakes_in_one_line
 from comparison.execute import Records, run_task
 from comparison.page import write_page
 from comparison.plan import TASKS
+from mistakes import mistakes_in_one_line
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
-from command_line import mistakes_in_one_line
+from mistakes import mistakes_in_one_line
 
 from retrieval.data.flickr30k import SOURCE
 from retrieval.regions.bottom_up import convert

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 import yaml
-from command_line import mistakes_in_one_line
+from mistakes import mistakes_in_one_line
 
 from adapters import load, stored_subspaces
 from adapters.peft_folder import PEFT_CONFIG

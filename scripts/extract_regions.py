@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command_line import mistakes_in_one_line
+from mistakes import mistakes_in_one_line
 from PIL import Image
 
 from retrieval.data.flickr30k import SOURCE

@@ -8,7 +8,7 @@ VTAB-1K and few-shot sets on ViT-B/16, once they are there (`python scripts/prep
     python scripts/train_classification.py data=vtab data.dataset=cifar model=vit_b16 adapter=lora regularizer=linear
     python scripts/train_classification.py data=few_shot data.dataset=oxford-pets data.shots=4 model=vit_b16
 
-A sweep, one run folder each:
+A sweep, one run folder each; a job that fails ends no other, and the list of them comes last:
 
     python scripts/train_classification.py --multirun regularizer=none,linear seed=0,1,2
 
@@ -34,10 +34,17 @@ def main(config: dict[str, Any]) -> None:
     print_summary(run, render_accuracy, f"run                 {run.path}")
 
 
+def check(config: dict[str, Any]) -> None:
+    from classification.experiment import Experiment
+
+    Experiment.of(config)
+
+
 if __name__ == "__main__":
     launch(
         main,
         "train_classification",
         __doc__ or "",
         choices={"data": DATASETS, "model": MODELS, "trainer": DATASETS},
+        check=check,
     )

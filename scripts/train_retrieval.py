@@ -12,7 +12,7 @@ Rows of the paper's Table 1, for Flickr30K and MSR-VTT (scripts/conf/table1):
 
     python scripts/train_retrieval.py table1=msrvtt_lora_resora
 
-A sweep, one run folder each:
+A sweep, one run folder each; a job that fails ends no other, and the list of them comes last:
 
     python scripts/train_retrieval.py --multirun regularizer=none,linear seed=0,1,2
 
@@ -38,5 +38,17 @@ def main(config: dict[str, Any]) -> None:
     print_summary(run, render_table, f"report              {run.path / 'report.html'}")
 
 
+def check(config: dict[str, Any]) -> None:
+    from retrieval.experiment import Experiment
+
+    Experiment.of(config)
+
+
 if __name__ == "__main__":
-    launch(main, "train_retrieval", __doc__ or "", choices={"data": DATASETS, "model": MODELS, "trainer": DATASETS})
+    launch(
+        main,
+        "train_retrieval",
+        __doc__ or "",
+        choices={"data": DATASETS, "model": MODELS, "trainer": DATASETS},
+        check=check,
+    )

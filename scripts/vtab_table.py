@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-from command_line import mistakes_in_one_line
+from mistakes import mistakes_in_one_line
 
 import classification  # noqa: F401  (before timm)
 from classification.data.vtab import GROUPS, VTAB_1K

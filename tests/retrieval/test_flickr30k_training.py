@@ -27,7 +27,8 @@ from training.optimizers import LearningRates, parameter_groups
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-from command_line import CONF, compose, mistakes_in_one_line  # noqa: E402
+from command_line import CONF, compose  # noqa: E402
+from mistakes import mistakes_in_one_line  # noqa: E402
 
 SMALL = (
     "data.counts=any", "model.embed_dim=16", "model.hidden_dim=8", "trainer.batch_size=16", "trainer.workers=0",

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
 
 import evaluate
-from command_line import launch, mistakes_in_one_line
+import train_retrieval
+from command_line import launch
+from mistakes import mistakes_in_one_line
 from summary import print_summary
 
 from training import RunFolder
@@ -143,12 +146,14 @@ def test_the_stack_trace_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("a mistake")
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "train_retrieval") -> list[dict[str, Any]]:
+def launched(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "train_retrieval", check: Any = None
+) -> list[dict[str, Any]]:
     """The configurations that a command runs with."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     words = {"verify": seen.append} if name == "prepare_data" else None
-    launch(seen.append, name, "", choices={"data": ["openmoji"]}, words=words)
+    launch(seen.append, name, "", choices={"data": ["openmoji"]}, words=words, check=check)
     return seen
 
 
@@ -183,3 +188,51 @@ def test_a_sweep_leaves_nothing_in_the_working_directory(tmp_path: Path, monkeyp
     configs = launched(monkeypatch, "--multirun", "seed=0,1", f"runs={runs}")
     assert [config["seed"] for config in configs] == [0, 1]
     assert not list(here.iterdir()) and (runs / "multirun.yaml").is_file()
+
+
+class Weights:
+    """What a job holds on the device."""
+
+
+def test_a_job_that_fails_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    done, held = [], list[weakref.ref]()
+
+    def main(config: dict[str, Any]) -> None:
+        assert all(weights() is None for weights in held), "what the failed jobs held is freed"
+        weights = Weights()
+        held.append(weakref.ref(weights))
+        if config["seed"] == 1:
+            raise ValueError("the loss is not finite")
+        if config["seed"] == 2:
+            raise TypeError("a bug")
+        done.append(config["seed"])
+
+    monkeypatch.setattr(sys, "argv", ["train_retrieval.py", "--multirun", "seed=0,1,2,3", f"runs={tmp_path}"])
+    with pytest.raises(SystemExit, match="2"):
+        launch(main, "train_retrieval", "")
+    assert done == [0, 3]
+    at_once, _, last = capsys.readouterr().err.partition("2 of 4 jobs failed:\n")
+    assert at_once.count(f"error in seed=1 runs={tmp_path}: the loss is not finite\n") == 1
+    assert at_once.count("Traceback") == 1, "of the bug alone"
+    assert last.splitlines() == [
+        f"  seed=1 runs={tmp_path}: the loss is not finite",
+        f"  seed=2 runs={tmp_path}: TypeError('a bug')",
+    ]
+
+
+def test_a_sweep_is_checked_before_its_first_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sweep = ("--multirun", "adapter=lora,full", "regularizer=none,linear", f"runs={tmp_path / 'runs'}")
+    with pytest.raises(SystemExit, match="2"):
+        launched(monkeypatch, *sweep, check=train_retrieval.check)
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: 1 of 4 jobs cannot run, so none was begun:\n  adapter=full regularizer=linear runs="
+    )
+    assert "use regularizer=none" in error and len(error.splitlines()) == 2
+    assert not (tmp_path / "runs").exists()
+    assert len(launched(monkeypatch, "--multirun", "adapter=lora,full", "regularizer=none", f"runs={tmp_path}",
+                        check=train_retrieval.check)) == 2  # fmt: skip
