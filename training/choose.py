@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -13,15 +15,22 @@ def choose(kind: str, known: Mapping[str, Callable[..., T]], settings: Mapping[s
     """{"name": ..., **settings} -> the named thing with its settings.
 
     Raises:
-        ValueError: for an unknown name (with a suggestion) or setting.
+        ValueError: for an unknown name (with a suggestion) or setting, or one of a type that a dataclass cannot check.
     """
     settings = dict(settings)
     name = settings.pop("name")
     check_name(kind, name, known)
+    build = known[name]
     try:
-        return known[name](**settings)
+        inspect.signature(build).bind(**settings)
     except TypeError as error:
         raise ValueError(f"{kind}={name} does not take these settings: {error}") from None
+    try:
+        return build(**settings)
+    except TypeError as error:
+        if not is_dataclass(build):
+            raise  # a bug in what is built
+        raise ValueError(f"{kind}={name} does not take a setting of this type: {error}") from error  # rank="four" < 1
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
