@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adapters.base import Branch, branch_tensors
+from adapters.base import Branch
 from adapters.lora import LowRank
 
 EPSILON = 1e-5  # PEFT divides by rank + this
@@ -80,13 +80,6 @@ class AdaLoRA(LowRank):
 
     def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         return AdaLoRABranch(d_in, d_out, rank, self.alpha / (rank + EPSILON), self.dropout)
-
-    def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """See `LowRankAdapter`: activations = scale A^T diag(E) (d_in, r), basis = B^T (r, d_out)."""
-        return {
-            name: (part["A"].T * part["E"] * (self.alpha / (len(part["A"]) + EPSILON)), part["B"].T)
-            for name, part in branch_tensors(tensors).items()
-        }
 
     def loss_parts(self, model: nn.Module) -> dict[str, Tensor]:
         """See `PenalizedAdapter`: the weighted orthogonality of every A and B."""

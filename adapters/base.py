@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.extend import Extension, restore
-from adapters.low_rank import Update, low_rank_linear
+from adapters.fused_linear import Update, low_rank_linear
 
 Record = Callable[[str, Tensor, Tensor, torch.Size], None]
 """Called with (role, activations, basis, shape of the input without its last dimension) while someone captures."""
@@ -71,8 +71,9 @@ class ScheduledAdapter(Adapter, Protocol):
 
         Args:
             model: that holds the adapter.
-            step: optimiser steps so far, with this one: from 1. Beyond `total_steps` in later stages of a training.
-            total_steps: steps of the first stage, over which a schedule extends.
+            step: optimiser steps so far, with this one: from 1, in the first stage of a training. In later ones only
+                step > total_steps holds: the schedule is over.
+            total_steps: steps of the first stage, over which a schedule extends, while that lasts.
         """
         ...
 
@@ -90,10 +91,9 @@ class Branch(nn.Module):
         """down (r, d_in) with the scale folded in, basis (r, d_out): the update of the weight is (down^T basis)^T."""
         raise NotImplementedError
 
-    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> activations (N, r) = dropout(x) down^T, basis (r, d_out)."""
-        down, basis = self.factors()
-        return F.linear(F.dropout(x, self.dropout, self.training), down), basis
+    def activations(self, x: Tensor, down: Tensor) -> Tensor:
+        """x (N, d_in), down (r, d_in) of `factors` -> (N, r) = dropout(x) down^T."""
+        return F.linear(F.dropout(x, self.dropout, self.training), down)
 
     @property
     def drops(self) -> bool:
@@ -133,7 +133,7 @@ class Branched(Extension):
         # A penalty whose gradient comes later (`replays`) has to find the activations among what autograd sees.
         if hasattr(self.record, "replays") or any(branch.drops for branch in branches):
             flat = x.reshape(-1, weight.shape[1])
-            activations = [branch.subspaces(flat)[0] for branch in branches]
+            activations = [branch.activations(flat, each.down) for branch, each in zip(branches, updates, strict=True)]
         out, together = low_rank_linear(x, weight, bias, updates, activations)
         if self.record is not None:
             if together is not None:
@@ -186,3 +186,13 @@ def branch_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
             role, _, parameter = rest.partition(".")
             found.setdefault(f"{layer}.{role}", {})[parameter] = tensor
     return found
+
+
+@torch.no_grad()
+def stored_pair(make: Callable[[], Branch], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The pair of `Branched.weight_subspaces`, for a branch as `make` builds it with the values of a file."""
+    with torch.device("meta"):  # no memory and no random numbers for values that are replaced
+        branch = make()
+    branch.load_state_dict(tensors, assign=True)
+    down, basis = branch.factors()
+    return down.T, basis

@@ -66,10 +66,8 @@ class DTL:
             )
 
     def apply(self, model: nn.Module) -> None:
-        towers = find_towers(model, ("vit", "swin"), self.name)
-        starts = [self._start(tower) for tower in towers]  # all are checked before anything changes
-        for tower, start in zip(towers, starts, strict=True):
-            first = 0
+        for tower in find_towers(model, ("vit", "swin"), self.name):
+            start, first = self._start(tower), 0
             for stage in tower.stages():
                 adds = [first + i >= start for i in range(len(stage))]
                 if any(adds):
@@ -131,18 +129,14 @@ class DTLPlus(DTL):
         if self.kernel < 1:
             raise ValueError(f"{self.name} needs kernel >= 1, but got {self.kernel}")
 
-    def apply(self, model: nn.Module) -> None:
-        for tower in find_towers(model, ("vit", "swin"), self.name):
-            if getattr(tower.module, "dynamic_img_size", False):
-                raise ValueError(
-                    f"{self.name} needs a fixed grid of patches: build {type(tower.module).__name__} with "
-                    "dynamic_img_size=False"
-                )
-        super().apply(model)
-
     def mix(self, tower: Tower, block: Block) -> nn.Module:
         if tower.kind == "swin":
             return DepthwiseMix(block.width, self.kernel, 0, None)
+        if getattr(tower.module, "dynamic_img_size", False):
+            raise ValueError(
+                f"{self.name} needs a fixed grid of patches: build {type(tower.module).__name__} with "
+                "dynamic_img_size=False"
+            )
         if not hasattr(tower.module, "patch_embed"):
             raise ValueError(
                 f"{self.name} has to know how tokens lie in the image, but {type(tower.module).__name__} has no "
@@ -171,7 +165,9 @@ class SideBlock(CarryingBlock):
     def around(
         self, x: Tensor, carried: Tensor | None, block: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        activations, basis = cast(LoRABranch, self.branches[SIDE]).subspaces(x.flatten(0, -2))
+        pair = cast(LoRABranch, self.branches[SIDE])
+        down, basis = pair.factors()
+        activations = pair.activations(x.flatten(0, -2), down)
         if self.record is not None:
             self.record(SIDE, activations, basis, x.shape[:-1])
         update = (activations @ basis).view(x.shape)

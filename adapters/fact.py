@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.base import Branch, branch_tensors
+from adapters.base import Branch, branch_tensors, stored_pair
 from adapters.targets import ROLES, Site, adapt, find_sites
 
 
@@ -60,13 +60,13 @@ class FacT:
         """The update of one part with `inputs` blocks of inputs; its list of blocks has `columns` S_c in all."""
         raise NotImplementedError
 
-    def mixing(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A branch's tensors by name -> its S_c below one another: (k r, r), k the number of blocks of inputs."""
+    def stored_inputs(self, tensors: Mapping[str, Tensor]) -> int:
+        """A branch's tensors by name -> the number of its blocks of inputs."""
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
-        lists = {name: _parts(self.name, name, sites) for name, sites in _lists(self.name, model).items()}
-        for parts in lists.values():  # all have been checked: nothing is changed before an error
+        for name, sites in _lists(self.name, model).items():
+            parts = _parts(self.name, name, sites)
             shared = self.shared(_width(parts[0].site))
             columns = sum(part.inputs for part in parts)
             for part in parts:
@@ -76,12 +76,12 @@ class FacT:
         """See `LowRankAdapter`: activations = s U^T S_c (d_in, r), one block of inputs below the other, basis = V^T."""
         parts = branch_tensors(tensors)
         shared = {_list_of(name): part for name, part in parts.items() if "shared.U" in part}  # once in the file
-        pairs = {}
-        for name, part in parts.items():
-            part = shared[_list_of(name)] | part
-            mixing = self.mixing(part).unflatten(0, (-1, self.rank))  # (k, r, r)
-            pairs[name] = ((part["shared.U"].T @ mixing).flatten(0, 1) * self.scale, part["shared.V"].T)
-        return pairs
+
+        def pair(part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            width, inputs = len(part["shared.V"]), self.stored_inputs(part)
+            return stored_pair(lambda: self.branch(self.shared(width), inputs, inputs), part)
+
+        return {name: pair(shared[_list_of(name)] | part) for name, part in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ class FacTTT(FacT):
     def branch(self, shared: Shared, inputs: int, columns: int) -> Branch:
         return TTBranch(shared, inputs, self)
 
-    def mixing(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["S"].T
+    def stored_inputs(self, tensors: Mapping[str, Tensor]) -> int:
+        return tensors["S"].shape[1] // self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ class FacTTK(FacT):
     def branch(self, shared: Shared, inputs: int, columns: int) -> Branch:
         return TKBranch(shared, inputs, columns, self)
 
-    def mixing(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return _tucker(tensors["shared.C"], tensors["P"])
+    def stored_inputs(self, tensors: Mapping[str, Tensor]) -> int:
+        return tensors["P"].shape[1]
 
 
 class Shared(nn.Module):
@@ -172,10 +172,9 @@ class FacTBranch(Branch):
         down = (mixing.mT @ self.shared.U) * self.scale  # (k, r, d)
         return down.transpose(0, 1).flatten(1), self.shared.V.T
 
-    def subspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, k d) -> activations (N, r) = dropout(x down^T), basis (r, d) = V^T: not the inputs are dropped."""
-        down, basis = self.factors()
-        return F.dropout(F.linear(x, down), self.dropout, self.training), basis
+    def activations(self, x: Tensor, down: Tensor) -> Tensor:
+        """x (N, k d), down (r, k d) -> (N, r) = dropout(x down^T): not the inputs are dropped."""
+        return F.dropout(F.linear(x, down), self.dropout, self.training)
 
 
 class TTBranch(FacTBranch):
@@ -202,12 +201,8 @@ class TKBranch(FacTBranch):
         nn.init.uniform_(self.P, -bound, bound)
 
     def mixing(self) -> Tensor:
-        return _tucker(self.shared.C, self.P)
-
-
-def _tucker(core: Tensor, columns: Tensor) -> Tensor:
-    """C (r, r, r), P (r, k) -> the k matrices sum_p C[:, :, p] P[p, c], below one another: (k r, r)."""
-    return (core @ columns).permute(2, 0, 1).flatten(0, 1)
+        """The k matrices sum_p C[:, :, p] P[p, c], below one another: (k r, r)."""
+        return (self.shared.C @ self.P).permute(2, 0, 1).flatten(0, 1)
 
 
 class Part(NamedTuple):

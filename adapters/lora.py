@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from adapters.base import Branch, branch_tensors
+from adapters.base import Branch, branch_tensors, stored_pair
 from adapters.targets import adapt, check_targets, compiled, find_sites, rank_of
 
 
@@ -53,7 +53,7 @@ class LowRank:
             compiled(pattern)
 
     def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
-        """The trainable part of one target."""
+        """The trainable part of one target. Of its parameters A is (r, d_in) and B (d_out, r): `stored_subspaces`."""
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
@@ -62,6 +62,15 @@ class LowRank:
             raise ValueError(f"rank_pattern {unused[0]!r} is found in none of the targets, such as {sites[0].key}")
         for site in sites:
             adapt(site, self.branch(site.d_in, site.d_out, rank_of(site, self.rank, self.rank_pattern)))
+
+    def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """See `LowRankAdapter`."""
+
+        def pair(part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            (rank, d_in), d_out = part["A"].shape, len(part["B"])
+            return stored_pair(lambda: self.branch(d_in, d_out, rank), part)
+
+        return {name: pair(part) for name, part in branch_tensors(tensors).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +86,6 @@ class LoRA(LowRank):
 
     def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         return LoRABranch(d_in, d_out, rank, self.alpha / rank, self.dropout)
-
-    def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """See `LowRankAdapter`: activations = scale A^T (d_in, r), basis = B^T (r, d_out)."""
-        parts = branch_tensors(tensors)
-        return {name: (part["A"].T * (self.alpha / len(part["A"])), part["B"].T) for name, part in parts.items()}
 
 
 class LoRABranch(Branch):

@@ -13,8 +13,8 @@ from adapters.carry import CarryingBlock
 from adapters.extend import extend
 from adapters.feature_tower import feature_tower, feature_width
 from adapters.narrow import narrow, number_of_heads, residual_strength, strongest
-from adapters.side import output_width, side_towers
-from adapters.towers import Tower
+from adapters.side import ONE_WIDTH, output_width
+from adapters.towers import Tower, find_towers
 
 TEMPERATURE = 0.1
 
@@ -64,9 +64,8 @@ class LST:
             )
 
     def apply(self, model: nn.Module) -> None:
-        towers = side_towers(model, self.name)
-        built = [self._ladder(tower) for tower in towers]  # all before the first change: a refusal leaves no trace
-        for tower, ladder in zip(towers, built, strict=True):
+        for tower in find_towers(model, ONE_WIDTH, self.name):
+            ladder = self._ladder(tower)
             if tower.kind.startswith("clip"):
                 like = next(tower.blocks[0].module.parameters())
                 side = FeatureLadder(ladder).to(device=like.device, dtype=like.dtype)

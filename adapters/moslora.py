@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adapters.base import Branch, branch_tensors
+from adapters.base import Branch
 from adapters.lora import LowRank
 
 
@@ -34,13 +33,6 @@ class MoSLoRA(LowRank):
 
     def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
         return MoSLoRABranch(d_in, d_out, rank, self.alpha / rank, self.dropout)
-
-    def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """See `LowRankAdapter`: activations = scale A^T M^T (d_in, r), basis = B^T (r, d_out)."""
-        return {
-            name: ((part["M"] @ part["A"]).T * (self.alpha / len(part["A"])), part["B"].T)
-            for name, part in branch_tensors(tensors).items()
-        }
 
 
 class MoSLoRABranch(Branch):

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from adapters.towers import Tower
 
-from adapters.towers import Tower, find_towers
-
-KINDS = ("bert", "vit", "clip_vision", "clip_text")  # towers of one width, whose tokens go all the way
-
-
-def side_towers(model: nn.Module, method: str) -> list[Tower]:
-    """The towers of `model`.
-
-    Raises:
-        ValueError: if there is none, or one that a side network does not work on.
-    """
-    return find_towers(model, KINDS, method)
+ONE_WIDTH = ("bert", "vit", "clip_vision", "clip_text")  # kinds of towers whose tokens go all the way in one width
 
 
 def output_width(tower: Tower, output_dim: int | None, method: str) -> int:

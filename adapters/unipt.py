@@ -13,8 +13,8 @@ from adapters.carry import CarryingBlock
 from adapters.extend import extend
 from adapters.feature_tower import feature_tower, feature_width
 from adapters.fusion import FeatureFusion, TokenFusion
-from adapters.side import output_width, side_towers
-from adapters.towers import Tower
+from adapters.side import ONE_WIDTH, output_width
+from adapters.towers import Tower, find_towers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,9 @@ class UniPT:
             )
 
     def apply(self, model: nn.Module) -> None:
-        towers = side_towers(model, self.name)
-        for tower, fusion in [(tower, self._fusion(tower)) for tower in towers]:  # all before the first change
+        for tower in find_towers(model, ONE_WIDTH, self.name):
             like = next(tower.blocks[0].module.parameters())
-            fusion = fusion.to(device=like.device, dtype=like.dtype)
+            fusion = self._fusion(tower).to(device=like.device, dtype=like.dtype)
             if isinstance(fusion, FeatureFusion):
                 extend(tower.module, feature_tower(tower)).side = fusion
                 continue

@@ -29,6 +29,7 @@ from adapters import (
 )
 from adapters.base import Branched
 from adapters.extend import Extension
+from adapters.fact import FacTBranch
 from regularizers import capture
 
 D, RANK, SCALE, DEPTH = 32, 3, 0.5, 3
@@ -302,6 +303,15 @@ def test_dropout_acts_on_the_activations_in_training_only() -> None:
     kept = training[first].activations != 0
     torch.testing.assert_close(training[first].activations[kept], 2 * evaluation[first].activations[kept])
     assert all(pair.activations.all() for pair in evaluation.values())
+
+
+def test_dropout_does_not_form_the_factors_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[FacTBranch] = []
+    factors = FacTBranch.factors
+    monkeypatch.setattr(FacTBranch, "factors", lambda branch: formed.append(branch) or factors(branch))
+    model = filled("fact_tk", dropout=0.5).train()
+    model(*inputs("vit"))
+    assert formed and len(formed) == len(set(formed)) == sum(isinstance(m, FacTBranch) for m in model.modules())
 
 
 def vit(mlp_ratio: float) -> nn.Module:

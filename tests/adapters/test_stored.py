@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
 import torch
 from backbones import vit
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters import ADAPTERS, LowRankAdapter, inject, save, stored_subspaces
+from adapters.base import Branch
+from adapters.lora import LowRank
 
 LOW_RANK = [name for name, kind in ADAPTERS.items() if hasattr(kind, "stored_subspaces")]
 ON_BERT = [name for name in LOW_RANK if not name.startswith(("dtl", "noah"))]  # images: test_dtl.py, test_noah.py
@@ -67,6 +69,35 @@ def test_a_lora_file_is_alpha_over_rank_b_a(tmp_path: Path) -> None:
     a, b = (tensors[f"encoder.layer.1.intermediate.dense.branches.fc1.{factor}"] for factor in "AB")
     assert activations.shape == (16, 3) and basis.shape == (3, 32)
     torch.testing.assert_close((activations @ basis).T, 2.0 * b @ a)
+
+
+class Signed(LowRank):
+    """A method as CONTRIBUTING.md has it: a branch, and nothing about files."""
+
+    name: ClassVar[str] = "signed"
+
+    def branch(self, d_in: int, d_out: int, rank: int) -> Branch:
+        return SignedBranch(d_in, d_out, rank)
+
+
+class SignedBranch(Branch):
+    def __init__(self, d_in: int, d_out: int, rank: int) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(rank, d_in)), nn.Parameter(torch.randn(d_out, rank))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return -self.A, self.B.T
+
+
+def test_a_new_method_has_stored_subspaces_by_its_factors() -> None:
+    model, adapter = bert(), Signed(rank=3, targets=("fc1",), rank_pattern={"layer.1": 2})
+    state = inject(model, adapter).state_dict()
+    random = torch.get_rng_state()
+    stored = adapter.stored_subspaces(state)
+    assert torch.equal(torch.get_rng_state(), random)
+    branches = [layer.intermediate.dense.branches["fc1"] for layer in model.encoder.layer]
+    for branch, (activations, basis) in zip(branches, stored.values(), strict=True):
+        assert torch.equal(activations @ basis, -branch.A.T @ branch.B.T) and not activations.requires_grad
 
 
 @pytest.mark.parametrize("name", sorted(set(ADAPTERS) - set(LOW_RANK)))

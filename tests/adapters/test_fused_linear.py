@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.low_rank import Update, low_rank_linear
+from adapters.fused_linear import Update, low_rank_linear
 
 N, D_IN, D_OUT, RANK = 20, 32, 48, 4
 SLICES = {"whole": [(0, 48)], "q, k, v": [(0, 16), (16, 32), (32, 48)], "q, v": [(0, 16), (32, 48)]}
