@@ -35,7 +35,7 @@ class NOAH:
 
     The numbers are given. NOAH finds them, for each data set, with a supernet and an evolutionary search, neither of
     which is here, and then trains that network from fresh values: this adapter. The 19 networks that its authors
-    released for VTAB-1K (scripts/conf/adapter/noah.yaml lists them) have 1, 5 or 10 of each in every block, and
+    released for VTAB-1K (scripts/conf/table2/noah.yaml has them) have 1, 5 or 10 of each in every block, and
     360,134 parameters on average; the ReSoRA paper's Table 2 prints 0.43 M.
 
     Initialisation, as the published modules declare it: A uniform in +-1/sqrt(d), B zero; W_down and W_up Xavier

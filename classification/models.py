@@ -131,7 +131,10 @@ def build_model(
 ) -> tuple[nn.Module | None, Classifier]:
     """Build the model that `settings` name: (frozen beginning or None, what trains), both in evaluation mode.
 
+    `normalization` among them is of the pixels that the weights know, which is for the data to follow.
+
     Raises:
         ValueError: if the model or one of its settings is unknown or out of range.
     """
-    return choose("model", MODELS, {**settings, "cache": cache, "image_size": image_size, "classes": classes})
+    own = {key: value for key, value in settings.items() if key != "normalization"}
+    return choose("model", MODELS, {**own, "cache": cache, "image_size": image_size, "classes": classes})

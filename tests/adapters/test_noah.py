@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +19,7 @@ from regularizers import capture
 
 D, HEADS = 32, 4
 NUMBERS: dict[str, tuple[int, ...]] = {"prompts": (2, 0, 3), "rank": (3, 1, 0), "bottleneck": (0, 4, 2)}
-CONF = Path(__file__).parents[2] / "scripts" / "conf" / "adapter" / "noah.yaml"
+CONF = Path(__file__).parents[2] / "scripts" / "conf" / "table2" / "noah.yaml"
 
 
 def vit(**settings: Any) -> nn.Module:
@@ -147,9 +147,9 @@ def test_initial_values() -> None:
 
 
 def of_authors() -> dict[str, list[tuple[int, ...]]]:
-    """Data set -> prompts, rank and bottleneck of the 12 blocks, from the comments of the configuration."""
-    lines = [line[1:].split() for line in CONF.read_text().splitlines() if line.startswith("# ") and "] [" in line]
-    return {name: [tuple(json.loads(numbers)) for numbers in three] for name, *three in lines}
+    """Data set -> prompts, rank and bottleneck of the 12 blocks, from the configuration."""
+    by_dataset = yaml.safe_load(CONF.read_text())["by_dataset"]
+    return {name: [tuple(three[part]) for part in NUMBERS] for name, three in by_dataset.items()}
 
 
 def test_published_counts_on_vit_b16() -> None:
@@ -165,7 +165,7 @@ def test_published_counts_on_vit_b16() -> None:
             inject(copy.deepcopy(vit_b), NOAH(**dict(zip(NUMBERS, three, strict=True))))
         )
         assert counts[name] == expected, name
-    assert counts["cifar100"] == 320_330
+    assert counts["cifar"] == 320_330
     assert round(sum(counts[name] for name in released) / 19) == 360_134
 
 
