@@ -4,8 +4,8 @@ The way of the data, one idea a file:
 
     inputs       what comes in, checked: unit rows, and which image each caption belongs to
     index        exact inner products, streamed (the only module that imports faiss)
-    ranks        scores -> the rank of each query's best right answer, ties counted half
-    metrics      ranks -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
+    ranks        scores -> where each query's best right answer stands, ties in a random order
+    metrics      standings -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
     chance       the same keys for a random ranking, in closed form
     accuracy     logits -> accuracy and cross-entropy, their chance and table (classification)
     vtab         accuracies of VTAB-1K's data sets -> the averages that its tables print

@@ -9,7 +9,7 @@ from eval.inputs import caption_owners
 from eval.metrics import RECALL_AT, with_rsum
 
 
-def chance_level(image_of_text: ArrayLike, n_images: int) -> dict[str, float]:
+def chance_level(image_of_text: ArrayLike, n_images: int, *, distractors: bool = False) -> dict[str, float]:
     """Expectation of `retrieval_metrics` when every query orders its gallery uniformly at random, without ties.
 
     With c right answers among M, the best one stands below place K with the hypergeometric probability
@@ -23,6 +23,7 @@ def chance_level(image_of_text: ArrayLike, n_images: int) -> dict[str, float]:
     Args:
         image_of_text: (M,) integers, as in `retrieval_metrics`.
         n_images: number of images N.
+        distractors: whether images without a caption are meant, as in `retrieval_metrics`.
 
     Returns:
         The keys of `retrieval_metrics`.
@@ -30,8 +31,8 @@ def chance_level(image_of_text: ArrayLike, n_images: int) -> dict[str, float]:
     Raises:
         ValueError: as `retrieval_metrics` for its image_of_text.
     """
-    owners = caption_owners(image_of_text, n_images)
-    captions = np.bincount(owners, minlength=n_images)
+    owners = caption_owners(image_of_text, n_images, distractors=distractors)
+    _, captions = np.unique(owners, return_counts=True)  # of each image that has one
     one_image = np.ones(1, dtype=np.int64)  # every caption has one, so one query stands for all
     return with_rsum({"i2t": _level(len(owners), captions), "t2i": _level(n_images, one_image)})
 

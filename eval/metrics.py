@@ -1,15 +1,15 @@
-"""Ranks -> the numbers of a retrieval table: R@1, R@5, R@10, MedR, MeanR in both directions, and Rsum."""
+"""Standings -> the numbers of a retrieval table: R@1, R@5, R@10, MedR, MeanR in both directions, and Rsum."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from eval.index import CHUNK_SIZE
 from eval.inputs import caption_owners, unit_rows
-from eval.ranks import answer_ranks, ranks_of_scores
+from eval.ranks import Standings, answer_standings, standings_of_scores
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("i2t", "t2i")
@@ -17,18 +17,26 @@ RECALL_KEYS = tuple(f"{direction}_R@{k}" for direction in DIRECTIONS for k in RE
 
 
 def retrieval_metrics(
-    images: ArrayLike, texts: ArrayLike, image_of_text: ArrayLike, *, chunk_size: int = CHUNK_SIZE
+    images: ArrayLike,
+    texts: ArrayLike,
+    image_of_text: ArrayLike,
+    *,
+    distractors: bool = False,
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[str, float]:
     """Cross-modal retrieval by cosine, images to texts ("i2t") and texts to images ("t2i").
 
     R@K is a hit rate: the percentage of queries whose best right answer has a rank of at most K. With several captions
-    an image is a hit when one of them is found, so this is not the recall of information retrieval. Ranks count ties
-    half (`answer_ranks`) and are compared with K as they are: a tie for the first place, rank 1.5, is no hit at 1.
+    an image is a hit when one of them is found, so this is not the recall of information retrieval. What ties
+    with the best right answer stands in a random order, and all numbers are expectations over it (`Standings`): one
+    wrong answer tied for the first place makes half a hit at 1 and a rank of 1.5.
 
     Args:
         images: (N, D) array or torch tensor of image or video embeddings, once each; normalised here.
         texts: (M, D) caption embeddings, likewise.
         image_of_text: (M,) integers, the row of images that each caption describes; any number of captions an image.
+        distractors: whether images without a caption are meant: they stay in the gallery of text-to-image, and are no
+            queries of image-to-text. Without it they are refused, as they mostly are a mistake.
         chunk_size: queries scored at a time; the N x M matrix is never built, and the numbers do not depend on it.
 
     Returns:
@@ -36,7 +44,7 @@ def retrieval_metrics(
         same five with "t2i_", and "rsum", the sum of the six recalls (0..600).
 
     Raises:
-        ValueError: for wrong shapes, NaN, infinite or all-zero rows, and images without a caption.
+        ValueError: for wrong shapes, NaN, infinite or all-zero rows, and images without a caption that are not meant.
     """
     image_rows, text_rows = unit_rows(images, "images"), unit_rows(texts, "texts")
     if image_rows.shape[1] != text_rows.shape[1]:
@@ -44,17 +52,16 @@ def retrieval_metrics(
             f"images have {image_rows.shape[1]} dimensions and texts {text_rows.shape[1]}; "
             "both must be projected into the same embedding space"
         )
-    owners = caption_owners(image_of_text, len(image_rows))
+    owners = caption_owners(image_of_text, len(image_rows), distractors=distractors)
     if len(owners) != len(text_rows):
         raise ValueError(
             f"image_of_text: expected one entry for each of the {len(text_rows)} texts; received {len(owners)}"
         )
     captions = np.arange(len(owners))
-    ranks = {
-        "i2t": answer_ranks(image_rows, text_rows, owners, captions, chunk_size=chunk_size),
-        "t2i": answer_ranks(text_rows, image_rows, captions, owners, chunk_size=chunk_size),
-    }
-    return with_rsum({direction: _summary(ranks[direction]) for direction in DIRECTIONS})
+    described, query = np.unique(owners, return_inverse=True)  # all images, but for distractors
+    i2t = answer_standings(image_rows[described], text_rows, query, captions, chunk_size=chunk_size)
+    t2i = answer_standings(text_rows, image_rows, captions, owners, chunk_size=chunk_size)
+    return with_rsum({"i2t": _summary(i2t), "t2i": _summary(t2i)})
 
 
 def score_metrics(scores: ArrayLike, image_of_text: ArrayLike) -> dict[str, float]:
@@ -85,16 +92,9 @@ def score_metrics(scores: ArrayLike, image_of_text: ArrayLike) -> dict[str, floa
             f"image_of_text: expected one entry for each of the {matrix.shape[1]} texts; received {len(owners)}"
         )
     captions = np.arange(len(owners))
-    ranks = {
-        "i2t": ranks_of_scores([(0, matrix)], len(matrix), owners, captions),
-        "t2i": ranks_of_scores([(0, matrix.T)], len(owners), captions, owners),
-    }
-    return with_rsum({direction: _summary(ranks[direction]) for direction in DIRECTIONS})
-
-
-def recall_at_k(ranks: NDArray[np.float64], k: int) -> float:
-    """Percentage of queries with a rank of at most k; ranks (Q,) count from 1."""
-    return float(100 * np.mean(ranks <= k))
+    i2t = standings_of_scores([(0, matrix)], len(matrix), owners, captions)
+    t2i = standings_of_scores([(0, matrix.T)], len(owners), captions, owners)
+    return with_rsum({"i2t": _summary(i2t), "t2i": _summary(t2i)})
 
 
 def with_rsum(directions: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -103,6 +103,7 @@ def with_rsum(directions: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     return {**flat, "rsum": sum(flat[key] for key in RECALL_KEYS)}
 
 
-def _summary(ranks: NDArray[np.float64]) -> dict[str, float]:
-    recalls = {f"R@{k}": recall_at_k(ranks, k) for k in RECALL_AT}
+def _summary(standings: Standings) -> dict[str, float]:
+    ranks = standings.expected_rank()
+    recalls = {f"R@{k}": float(100 * np.mean(standings.found_by(k))) for k in RECALL_AT}
     return {**recalls, "MedR": float(np.median(ranks)), "MeanR": float(np.mean(ranks))}

@@ -59,7 +59,7 @@ def encode(
 
     An item that holds nothing, such as a clip without a readable frame, stays in the gallery, so that results are of
     the same split for everybody: it is made orthogonal to every caption, or, where pairs are scored, worse than every
-    other, and ties are counted half. How many there are is printed.
+    other, and ties stand in a random order (`eval.ranks`). How many there are is printed.
     """
     device = next(model.parameters()).device
     was_training = model.training

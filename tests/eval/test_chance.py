@@ -47,6 +47,10 @@ def test_the_level_for_flickr30k() -> None:
     assert level["rsum"] == pytest.approx(sum(value for key, value in level.items() if "R@" in key))
 
 
-def test_images_without_a_caption_are_refused() -> None:
+def test_images_without_a_caption_are_refused_unless_they_are_meant() -> None:
+    owners = np.array([0, 1, 2, 2])
     with pytest.raises(ValueError, match="2 of 5 images have no caption"):
-        chance_level(np.array([0, 1, 2]), 5)
+        chance_level(owners, 5)
+    level, without = chance_level(owners, 5, distractors=True), chance_level(owners, 3)
+    assert level["t2i_R@1"] == pytest.approx(20) and level["t2i_MeanR"] == 3
+    assert {k: v for k, v in level.items() if "i2t" in k} == {k: v for k, v in without.items() if "i2t" in k}

@@ -59,7 +59,7 @@ def test_the_page_shows_the_numbers_of_the_run(page: _Page) -> None:
     assert "test 29.2 33.2 38.2 4.5 29.2 33.2 38.2 4.5 201.2" in page.text
     assert "chance 5.0 23.0 41.6 13.0 5.0 25.0 50.0 10.5 149.7" in page.text
     assert "0.432 at the end of the first stage, 0.088 at the end of the run" in page.text
-    for definition in ("hit rate", "ties count half", "Model selected by: last epoch", "support no claim"):
+    for definition in ("hit rate", "ties stand in a random order", "Model selected by: last epoch", "support no claim"):
         assert definition in page.text
     assert "adapt 3 min 05 s 64 %" in page.text
     assert "not run from a git checkout" in page.text

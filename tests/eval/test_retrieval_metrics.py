@@ -1,6 +1,9 @@
-"""Metrics against a naive oracle: plain loops over float64 counts, and VSE++'s convention where nothing ties."""
+"""Metrics against naive oracles: plain loops and binomials, every order of what ties, VSE++'s ranks without ties."""
 
 from __future__ import annotations
+
+from itertools import permutations
+from math import comb
 
 import numpy as np
 import pytest
@@ -8,27 +11,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import retrieval_metrics, score_metrics, top_k_of_scores
-from eval.ranks import answer_ranks
+from eval import chance_level, retrieval_metrics, score_metrics, top_k_of_scores
+from eval.ranks import Standings, answer_standings
 
 KEYS = {f"{d}_{m}" for d in ("i2t", "t2i") for m in ("R@1", "R@5", "R@10", "MedR", "MeanR")} | {"rsum"}
 
 
-def _naive_ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Ranks from a matrix of scores (Q, N) and a mask of right answers (Q, N), by the definition, a query at a time."""
-    ranks = []
-    for row, mask in zip(scores, right, strict=True):
-        best, wrong = max(row[mask]), row[~mask]
-        ranks.append(1 + sum(s > best for s in wrong) + 0.5 * sum(s == best for s in wrong))
-    return np.array(ranks, dtype=np.float64)
+def _naive_query(scores: np.ndarray, right: np.ndarray) -> tuple[float, dict[int, float]]:
+    """Expected rank of the first right answer and P(it is among the first K), by counting with math.comb."""
+    best = max(scores[right])
+    above = sum(s > best for s in scores[~right])
+    wrong_ties, right_ties = sum(s == best for s in scores[~right]), sum(s == best for s in scores[right])
+    ties = wrong_ties + right_ties
+    found = {
+        k: 1 - comb(wrong_ties, places) / comb(ties, places)
+        for k in (1, 5, 10)
+        for places in [min(max(k - above, 0), ties)]
+    }
+    # P(the first right one is at place n of the ties): the other right ones are chosen from the places after it
+    first = [comb(ties - n, right_ties - 1) / comb(ties, right_ties) for n in range(1, ties + 1)]
+    return above + sum(n * p for n, p in enumerate(first, 1)), found
 
 
 def _naive_metrics(scores: np.ndarray, owners: np.ndarray) -> dict[str, float]:
     """Metrics of image-by-text scores (N, M)."""
     right = owners[None, :] == np.arange(len(scores))[:, None]
     metrics = {}
-    for direction, ranks in (("i2t", _naive_ranks(scores, right)), ("t2i", _naive_ranks(scores.T, right.T))):
-        metrics |= {f"{direction}_R@{k}": 100 * float(np.mean(ranks <= k)) for k in (1, 5, 10)}
+    for direction, matrix, mask in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+        queries = [_naive_query(*pair) for pair in zip(matrix, mask, strict=True) if pair[1].any()]
+        ranks = [rank for rank, _ in queries]
+        metrics |= {f"{direction}_R@{k}": 100 * float(np.mean([found[k] for _, found in queries])) for k in (1, 5, 10)}
         metrics |= {f"{direction}_MedR": float(np.median(ranks)), f"{direction}_MeanR": float(np.mean(ranks))}
     return metrics | {"rsum": sum(value for key, value in metrics.items() if "R@" in key)}
 
@@ -69,14 +81,33 @@ def test_keys_and_range() -> None:
     assert all(metrics[f"{d}_{m}"] == 1 for d in ("i2t", "t2i") for m in ("MedR", "MeanR"))
 
 
-def test_equal_embeddings_get_the_middle_rank() -> None:
-    owners = np.repeat(np.arange(8), 5)
-    metrics = retrieval_metrics(np.ones((8, 3)), np.ones((40, 3)), owners)
-    assert (
-        metrics["i2t_MeanR"] == metrics["i2t_MedR"] == 1 + 35 / 2
-    )  # the 35 wrong captions tie, the five right do not count
-    assert metrics["t2i_MeanR"] == metrics["t2i_MedR"] == 1 + 7 / 2
-    assert (metrics["i2t_R@10"], metrics["t2i_R@1"], metrics["t2i_R@5"]) == (0, 0, 100)
+@pytest.mark.parametrize("above", [0, 1, 3])
+@pytest.mark.parametrize(("wrong", "right"), [(0, 1), (1, 1), (3, 1), (5, 1), (1, 2), (4, 2), (2, 4), (3, 3), (0, 5)])
+def test_ties_are_the_mean_over_every_order(above: int, wrong: int, right: int) -> None:
+    orders = np.array(list(permutations([False] * wrong + [True] * right)))
+    ranks = above + 1 + orders.argmax(axis=1)
+    standings = Standings(*(np.array([count]) for count in (above, wrong, right)))
+    assert standings.expected_rank() == pytest.approx(ranks.mean())
+    for k in range(1, above + wrong + right + 2):
+        assert standings.found_by(k) == pytest.approx(np.mean(ranks <= k), abs=1e-15), k
+
+
+@pytest.mark.parametrize("captions", [[1] * 8, [5] * 8, [1, 2, 3, 30]])
+def test_equal_embeddings_score_at_chance(captions: list[int]) -> None:
+    owners = np.repeat(np.arange(len(captions)), captions)
+    metrics = retrieval_metrics(np.ones((len(captions), 3)), np.ones((len(owners), 3)), owners)
+    level = chance_level(owners, len(captions))
+    same = {key for key in level if key != "i2t_MedR"}  # a median of expectations is not the median of what may happen
+    assert {key: metrics[key] for key in same} == pytest.approx({key: level[key] for key in same})
+
+
+def test_a_sentence_that_is_there_twice_costs_half_a_hit() -> None:
+    """As in MSR-VTT 1k-A: two videos with one sentence, which a perfect model cannot tell apart."""
+    videos, sentences = np.eye(4), np.eye(4)
+    videos[1] = videos[0] = sentences[1] = sentences[0]
+    metrics = retrieval_metrics(videos, sentences, np.arange(4))
+    assert metrics["t2i_R@1"] == metrics["i2t_R@1"] == 75
+    assert metrics["t2i_MeanR"] == metrics["i2t_MeanR"] == 1.25
 
 
 @pytest.mark.parametrize("images", [37, 503, 1025])
@@ -84,7 +115,7 @@ def test_duplicates_tie_at_sizes_that_do_not_fill_a_block(images: int) -> None:
     rows = np.random.default_rng(images).normal(size=(images, 64)).astype(np.float32)
     rows[-1] = rows[3]
     metrics = retrieval_metrics(rows, rows, np.arange(images))
-    assert metrics["t2i_R@1"] == metrics["i2t_R@1"] == pytest.approx(100 * (images - 2) / images)
+    assert metrics["t2i_R@1"] == metrics["i2t_R@1"] == pytest.approx(100 * (images - 1) / images)
     assert metrics["t2i_MeanR"] == pytest.approx(1 + 2 * 0.5 / images)
 
 
@@ -94,7 +125,7 @@ def test_a_wrong_answer_one_ulp_away(ulps: int, rank: float) -> None:
     right = np.float32(0.6)
     gallery = np.array([[right, 0.8, 0], [right + ulps * np.spacing(right), 0, 0.8]], dtype=np.float32)
     query = np.array([[1, 0, 0]], dtype=np.float32)
-    assert answer_ranks(query, gallery, np.array([0]), np.array([0])) == [rank]
+    assert answer_standings(query, gallery, np.array([0]), np.array([0])).expected_rank() == [rank]
 
 
 def test_image_to_text_is_the_convention_of_vse() -> None:
@@ -126,6 +157,15 @@ def test_tensors_of_any_precision_and_rows_of_any_length() -> None:
     assert retrieval_metrics(rows.double() * scale, noise.double() / scale, owners) == expected
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_images_without_a_caption_are_asked_nothing_and_stay_in_the_gallery(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    owners = rng.choice(np.arange(0, 40, 2), size=30)  # of 40 images, half of the even ones or more have captions
+    images, texts = np.eye(6)[rng.integers(6, size=40)], np.eye(6)[rng.integers(6, size=30)]
+    expected = _naive_metrics(images @ texts.T, owners)
+    assert retrieval_metrics(images, texts, owners, distractors=True) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_broken_rows_are_refused_by_name_and_number(bad: float) -> None:
     broken = np.eye(4)
@@ -144,7 +184,7 @@ def test_zero_rows_are_refused() -> None:
 @pytest.mark.parametrize(
     ("images", "texts", "owners", "message"),
     [
-        (np.eye(3), np.eye(3), [0, 0, 1], "1 of 3 images have no caption"),
+        (np.eye(3), np.eye(3), [0, 0, 1], "1 of 3 images have no caption.*distractors=True"),
         (np.eye(3), np.eye(3), [0, 1, 3], r"1 of 3 entries are outside 0\.\.2"),
         (np.eye(3), np.eye(3), [0, 1, -1], r"1 of 3 entries are outside 0\.\.2"),
         (np.eye(3), np.eye(3), [0.0, 1.0, 2.0], "expected integers"),
