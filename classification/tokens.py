@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from classification.data import ClassificationDataset
+from training.hardware import compute_device
 
 
 def cached_tokens(data: ClassificationDataset, frozen: nn.Module, root: Path) -> Tensor:
@@ -44,16 +45,18 @@ def cached_tokens(data: ClassificationDataset, frozen: nn.Module, root: Path) ->
 
 @torch.inference_mode()
 def compute_tokens(data: ClassificationDataset, frozen: Any, batch_size: int = 64) -> Tensor:
-    """The tokens of every image of `data`, ``(n, T, width)`` float32."""
+    """The tokens of every image of `data`, ``(n, T, width)`` float32, computed where this process trains."""
+    device = compute_device()
+    frozen.to(device)
     batches = np.split(np.arange(len(data.labels)), range(batch_size, len(data.labels), batch_size))
     progress = tqdm(batches, desc=f"frozen blocks on {data.name}", unit="batch")
-    return torch.cat([frozen.forward_features(data.images(indices)) for indices in progress])
+    return torch.cat([frozen.forward_features(data.images(indices).to(device)).cpu() for indices in progress])
 
 
 def _key(data: ClassificationDataset, frozen: nn.Module) -> str:
     digest = hashlib.sha256(data.fingerprint.encode())
     for name, tensor in frozen.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:20]
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from timm.models import VisionTransformer
+from torch import Tensor, nn
 
 from adapters import ADAPTERS, Full, Linear, LoRA, inject, trainable_parameters
 from classification.models import build_model, split_vit
@@ -86,6 +87,25 @@ def test_cached_tokens_belong_to_their_data_and_weights(tmp_path: Path) -> None:
     cached_tokens(other, first, tmp_path)
     assert len(list((tmp_path / "pictures").glob("tokens-*.safetensors"))) == 3
     assert torch.allclose(compute_tokens(data, first, batch_size=4), tokens, atol=1e-5)
+
+
+def test_frozen_blocks_run_where_the_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU; what is kept is on the CPU."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.seen: list[tuple[str, str]] = []
+
+        def forward_features(self, images: Tensor) -> Tensor:
+            self.seen.append((images.device.type, self.weight.device.type))
+            return torch.zeros(len(images), 5, 48)
+
+    frozen = Frozen()
+    monkeypatch.setattr("classification.tokens.compute_device", lambda: torch.device("meta"))
+    assert compute_tokens(Pictures(), frozen, batch_size=4).shape == (9, 5, 48)
+    assert frozen.seen == [("meta", "meta")] * 3
 
 
 def test_adapters_find_the_last_blocks_by_their_own_numbers() -> None:
