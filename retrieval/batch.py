@@ -147,13 +147,18 @@ def collate_text(ids: Sequence[Sequence[int]], length: int | None = None) -> dic
     return {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
 
 
-def collator(
-    collate_visual: Callable[[Sequence[np.ndarray]], dict[str, Tensor]], text_length: int | None = None
-) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """The items of `TrainingPairs` -> what the model's forward takes."""
+@dataclass(frozen=True)
+class Collate:
+    """The items of `TrainingPairs` -> what the model's forward takes.
 
-    def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        text = collate_text([item["input_ids"] for item in items], text_length)
-        return collate_visual([item["visual"] for item in items]) | text
+    Args:
+        visual: `RetrievalModel.collate_visual`.
+        text_length: `RetrievalModel.text_length`.
+    """
 
-    return collate
+    visual: Callable[[Sequence[np.ndarray]], dict[str, Tensor]]
+    text_length: int | None = None
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        text = collate_text([item["input_ids"] for item in items], self.text_length)
+        return self.visual([item["visual"] for item in items]) | text

@@ -35,9 +35,9 @@ class RetrievalModel(nn.Module, ABC):
         self.image_for_each_caption = False
         """Whether evaluation encodes an item once for each of its captions, instead of once."""
 
-    @abstractmethod
-    def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """Visual items of a data set -> the arguments of `encode_visual`."""
+    collate_visual: Callable[[Sequence[np.ndarray]], dict[str, Tensor]]
+    """Visual items of a data set -> the arguments of `encode_visual`. It is pickled where processes that load data are
+    spawned, so it holds sizes, not the model."""
 
     encode_visual: Callable[..., Tensor]
     """A batch of visual items, as `collate_visual` gives it -> unit rows (B, D)."""

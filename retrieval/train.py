@@ -16,7 +16,7 @@ from eval.report import write_report
 from regularizers import Subspaces
 from regularizers.layers import low_rank_layers
 from retrieval.assemble import assemble, check_recipe, restore
-from retrieval.batch import Captions, TrainingPairs, collate_text, collator
+from retrieval.batch import Captions, Collate, TrainingPairs, collate_text
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
@@ -94,7 +94,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             experiment.recipe,
             run,
             dataset=pairs,
-            collate=collator(model.collate_visual, model.text_length),
+            collate=Collate(model.collate_visual, model.text_length),
             objective=experiment.loss,
             evaluator=lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
             metric="Rsum",

@@ -148,6 +148,15 @@ def by_length(lengths: Tensor, buckets: int) -> list[Tensor]:
     return groups
 
 
+def pad_regions(items: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Regions of several images, (K_b, d_region) each -> zero-padded regions (B, K, d_region), lengths (B,)."""
+    lengths = torch.tensor([len(item) for item in items])
+    regions = torch.zeros(len(items), int(lengths.max()), items[0].shape[-1])
+    for row, item in zip(regions, items, strict=True):
+        row[: len(item)] = torch.from_numpy(np.asarray(item, dtype=np.float32))
+    return {"regions": regions, "region_lengths": lengths}
+
+
 class VSEInfinity(RetrievalModel):
     """Both sides of VSE-infinity on region features.
 
@@ -158,6 +167,7 @@ class VSEInfinity(RetrievalModel):
     """
 
     visual_kind = "regions"
+    collate_visual = staticmethod(pad_regions)
 
     def __init__(self, bert: nn.Module, d_region: int, config: VSEInfinityConfig | None = None) -> None:
         super().__init__()
@@ -183,11 +193,3 @@ class VSEInfinity(RetrievalModel):
             "visual": self.encode_visual(regions, region_lengths),
             "text": self.encode_text(input_ids, attention_mask),
         }
-
-    def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """Regions of several images, (K_b, d_region) each -> zero-padded regions (B, K, d_region), lengths (B,)."""
-        lengths = torch.tensor([len(item) for item in items])
-        regions = torch.zeros(len(items), int(lengths.max()), items[0].shape[-1])
-        for row, item in zip(regions, items, strict=True):
-            row[: len(item)] = torch.from_numpy(np.asarray(item, dtype=np.float32))
-        return {"regions": regions, "region_lengths": lengths}

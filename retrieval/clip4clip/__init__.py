@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from retrieval.clip4clip.model import CLIP4Clip, normalise_frames
+from retrieval.clip4clip.frame_batch import normalise_frames
+from retrieval.clip4clip.model import CLIP4Clip
 
 __all__ = ["CLIP4Clip", "normalise_frames"]

@@ -1,8 +1,8 @@
 """CLIP4Clip: a CLIP over the frames of a clip. Luo et al. 2021, https://arxiv.org/abs/2104.08860.
 
     model = CLIP4Clip(clip, head="meanP")
-    frames = normalise_frames(batch, clip.visual.image_mean, clip.visual.image_std)   # (B, T, 3, H, W)
-    output = model(frames, frame_mask, input_ids)          # {"visual": (B, D), "text": (B, D), "logit_scale": (), ...}
+    batch = model.collate_visual(clips)              # frames (B, T, H, W, 3) uint8, frame_mask (B, T)
+    output = model(**batch, input_ids=input_ids)     # {"visual": (B, D), "text": (B, D), "logit_scale": (), ...}
     scores = output["logit_scale"] * output["text"] @ output["visual"].T               # (texts, clips)
 
 The towers come from `retrieval.clip4clip.towers`.
@@ -11,14 +11,13 @@ The towers come from `retrieval.clip4clip.towers`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from retrieval.clip4clip.frame_batch import CollateFrames, normalise_frames
 from retrieval.clip4clip.frame_lstm import FrameLSTM
 from retrieval.clip4clip.frame_transformer import FrameTransformer, check_length
 from retrieval.clip4clip.tight_transformer import TightTransformer
@@ -70,6 +69,7 @@ class CLIP4Clip(RetrievalModel):
             raise ValueError(f"projections is {projections!r}; expected one of {', '.join(PROJECTIONS)}")
         self.clip: Any = clip  # open_clip's classes share methods, not a base class
         self.width = embedding_width(clip)
+        self.collate_visual = CollateFrames(frame_size(clip))
         text = text_tower(clip)
         if hasattr(text, "positional_embedding"):
             self.text_length = len(text.positional_embedding)
@@ -95,7 +95,7 @@ class CLIP4Clip(RetrievalModel):
         frame counts by its direction only. Under tightTransf the features of the frames themselves.
 
         Args:
-            frames: (B, T, 3, H, W), normalised.
+            frames: pixels (B, T, H, W, 3) uint8, or normalised already, (B, T, 3, H, W) of a floating-point type.
             frame_mask: (B, T), nonzero for real frames. Padding is not encoded at all.
 
         Returns:
@@ -106,7 +106,10 @@ class CLIP4Clip(RetrievalModel):
         dtype = torch.promote_types(frames.dtype, torch.float32)
         features = torch.zeros(*mask.shape, self.width, device=frames.device, dtype=dtype)
         if mask.any():
-            features[mask] = self.clip.encode_image(frames[mask]).to(dtype)  # (real frames, D)
+            real = frames[mask]  # (real frames, ...)
+            if real.dtype == torch.uint8:
+                real = normalise_frames(real, self.clip.visual.image_mean, self.clip.visual.image_std)
+            features[mask] = self.clip.encode_image(real).to(dtype)  # (real frames, D)
         if self.pair_scores is not None:
             check_length(mask.shape[1], self.pair_scores.max_frames)
             return functional.pad(features, (0, 0, 0, self.pair_scores.max_frames - mask.shape[1]))
@@ -154,38 +157,6 @@ class CLIP4Clip(RetrievalModel):
         if self.clip.logit_scale.requires_grad:
             self.clip.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
-    def collate_visual(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """Clips of (T_b, H, W, 3) uint8 frames -> normalised, zero-padded frames (B, T, 3, H, W), mask (B, T).
-
-        A clip may have no frame, T_b = 0; T is 1 at least.
-
-        Raises:
-            ValueError: frames are not of the size that the image tower takes.
-        """
-        side = self.clip.visual.image_size
-        expected = (side, side) if isinstance(side, int) else tuple(side)
-        if wrong := next((item.shape for item in items if len(item) and item.shape[1:] != (*expected, 3)), None):
-            raise ValueError(
-                f"frames are {wrong[1:]}, but the image tower takes {(*expected, 3)}; "
-                f"let the data set and the model agree: data.size={expected[0]} model.image_size={expected[0]}"
-            )
-        lengths = torch.tensor([len(item) for item in items])
-        mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
-        frames = torch.zeros(*mask.shape, 3, *expected)
-        if not mask.any():
-            return {"frames": frames, "frame_mask": mask}
-        real = torch.from_numpy(np.concatenate([item for item in items if len(item)]))[None]  # (1, frames, H, W, 3)
-        frames[mask] = normalise_frames(real, self.clip.visual.image_mean, self.clip.visual.image_std)[0]
-        return {"frames": frames, "frame_mask": mask}
-
-
-def normalise_frames(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 frames (B, T, H, W, 3) -> float32 (B, T, 3, H, W): each channel in [0, 1], minus its mean, over its std."""
-    if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, expected torch.uint8 (B, T, H, W, 3)")
-    channel = torch.tensor([mean, std], dtype=torch.float32, device=frames.device)
-    return ((frames.float() / 255 - channel[0]) / channel[1]).movedim(-1, -3).contiguous()
-
 
 def unit(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-6) along the last dimension."""
@@ -209,3 +180,10 @@ def embedding_width(clip: nn.Module) -> int:
         return text_tower(clip).output_dim
     projection: Any = clip.text_projection
     return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+
+def frame_size(clip: nn.Module) -> tuple[int, int]:
+    """(H, W) that the image tower of an open_clip model takes, in pixels."""
+    tower: Any = clip.visual
+    side = tower.image_size
+    return (side, side) if isinstance(side, int) else tuple(side)

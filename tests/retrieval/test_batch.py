@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_clip import small_clip
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertModel
 
-from retrieval.batch import Augmentation, Captions, TrainingPairs, collate_text
+from retrieval.batch import Augmentation, Captions, Collate, TrainingPairs, collate_text
+from retrieval.clip4clip import CLIP4Clip
+from retrieval.model import RetrievalModel
+from retrieval.vse_infty import VSEInfinity
 from training.encoders import minilm
 
 CAPTIONS = [
@@ -109,3 +116,20 @@ def test_bad_settings_are_refused(captions: Captions) -> None:
         Augmentation(drop_regions=1.0)
     with pytest.raises(ValueError, match="pairing is 'images'"):
         TrainingPairs(Data(), captions, pairing="images", augmentation=None, seed=0)
+
+
+def test_what_collates_is_sent_to_other_processes_without_the_model() -> None:
+    """Where processes that load data are spawned (macOS, Windows, Python 3.14), they are sent it as a pickle."""
+    bert = BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    rng = np.random.default_rng(0)
+    models: list[tuple[RetrievalModel, list[np.ndarray]]] = [
+        (VSEInfinity(bert, 4), [rng.standard_normal((count, 4), dtype=np.float32) for count in (3, 1)]),
+        (CLIP4Clip(small_clip()), [rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for count in (0, 2)]),
+    ]
+    for model, visual in models:
+        items = [{"visual": item, "input_ids": [1, 2][: 1 + number]} for number, item in enumerate(visual)]
+        collate = Collate(model.collate_visual, model.text_length)
+        assert len(pickle.dumps(collate)) < 10_000
+        expected, (batch,) = collate(items), DataLoader(items, 2, collate_fn=pickle.loads(pickle.dumps(collate)))
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)

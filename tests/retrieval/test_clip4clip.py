@@ -9,6 +9,7 @@ import torch
 from small_clip import clips, registered, small_clip
 from torch import nn
 from torch.nn import functional
+from torchvision.transforms import Normalize, ToTensor
 
 from retrieval.clip4clip import CLIP4Clip, normalise_frames
 from retrieval.clip4clip.towers import cut_context, embedded_clip, open_clip_tower
@@ -136,12 +137,27 @@ def test_collate_visual(clip: nn.Module) -> None:
     rng = np.random.default_rng(0)
     items = [rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8) for length in (2, 4, 1)]
     batch = CLIP4Clip(clip).collate_visual(items)
-    assert batch["frames"].shape == (3, 4, 3, 32, 32)
+    assert batch["frames"].shape == (3, 4, 32, 32, 3) and batch["frames"].dtype == torch.uint8
     assert batch["frame_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     for item, row, mask in zip(items, batch["frames"], batch["frame_mask"], strict=True):
-        expected = normalise_frames(torch.from_numpy(item)[None], clip.visual.image_mean, clip.visual.image_std)[0]
-        torch.testing.assert_close(row[mask], expected)
+        np.testing.assert_array_equal(row[mask], item)
         assert (row[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pixels_are_normalised_by_the_model(clip: nn.Module, head: str) -> None:
+    """As CLIP's own preprocessing (ToTensor and Normalize), to the same bits as from such frames."""
+    to_tensor, normalize = ToTensor(), Normalize(clip.visual.image_mean, clip.visual.image_std)
+    rng, model = np.random.default_rng(0), CLIP4Clip(clip, head=head)
+    items = [rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8) for length in (2, 0, 4)]
+    batch = model.collate_visual(items)
+    frames = torch.zeros(3, 4, 3, 32, 32)
+    for row, item in zip(frames, items, strict=True):
+        for position, frame in enumerate(item):
+            row[position] = normalize(to_tensor(frame))
+    with torch.no_grad():
+        expected = model.encode_visual(frames, batch["frame_mask"])
+        assert torch.equal(model.encode_visual(**batch), expected) and expected[2].any()
 
 
 def test_collate_visual_takes_clips_without_frames(clip: nn.Module) -> None:
@@ -150,7 +166,7 @@ def test_collate_visual_takes_clips_without_frames(clip: nn.Module) -> None:
     batch = model.collate_visual([empty, full])
     assert batch["frame_mask"].tolist() == [[0, 0], [1, 1]] and (batch["frames"][0] == 0).all()
     nothing = model.collate_visual([empty, empty])
-    assert nothing["frames"].shape == (2, 1, 3, 32, 32) and not nothing["frame_mask"].any()
+    assert nothing["frames"].shape == (2, 1, 32, 32, 3) and not nothing["frame_mask"].any()
     for head in HEADS:
         assert (CLIP4Clip(clip, head=head).encode_visual(**nothing) == 0).all()
 
@@ -181,7 +197,7 @@ def test_embedded_clip_is_its_two_towers(cache: Path) -> None:
     model = CLIP4Clip(clip, head="seqTransf")
     assert model.heads == ("clip.visual.head", "clip.text.proj", "clip.logit_scale", "frame_head")
     images = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
-    frames = model.collate_visual([images])["frames"]
+    frames = normalise_frames(torch.from_numpy(images)[None], clip.visual.image_mean, clip.visual.image_std)
     encoded = tokenizer(["an owl spinning", "a dog"], padding=True, return_tensors="pt")
     bert, _ = minilm(cache)
     with torch.no_grad():

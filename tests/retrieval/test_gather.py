@@ -34,6 +34,7 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual = nn.Sequential()
+        self.visual.image_size = 2
         self.visual.mlp = nn.ModuleDict({"c_fc": nn.Linear(12, 20), "c_proj": nn.Linear(20, 16)})
         self.words = nn.Embedding(50, 20)
         self.text_projection = nn.Linear(20, 16)
