@@ -7,6 +7,7 @@ The way of the data, one idea a file:
     ranks        scores -> where each query's best right answer stands, ties in a random order
     metrics      standings -> R@1, R@5, R@10, MedR, MeanR in both directions and Rsum
     chance       the same keys for a random ranking, in closed form
+    folds        their means over folds of a split (COCO's 1K numbers)
     accuracy     logits -> accuracy and cross-entropy, their chance and table (classification)
     vtab         accuracies of VTAB-1K's data sets -> the averages that its tables print
     tables       metrics -> plain text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.metrics import RECALL_AT, RECALL_KEYS
@@ -49,7 +49,12 @@ def render_table(metrics: Mapping[str, Any]) -> str:
     Raises:
         ValueError: as in `table_rows`.
     """
-    rows, width = table_rows(metrics), 7 * len(RECALL_AT)
+    return render_rows(table_rows(metrics))
+
+
+def render_rows(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """`render_table` of labelled rows, each with the keys of `retrieval_metrics`."""
+    width = 7 * len(RECALL_AT)
     first = max(12, *(len(label) + 1 for label, _ in rows))
     lines = [
         f"{'':<{first}}{'image to text':>{width}}{'text to image':>{width}}",
