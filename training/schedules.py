@@ -13,19 +13,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """What a schedule spans.
+    """What a schedule spans: a stage, or all of them under one schedule.
 
     Attributes:
         steps: of the optimiser, in all.
         warmup: share of them with a rising rate.
         steps_per_epoch: of them.
-        first_epoch: epochs that were trained before.
     """
 
     steps: int
     warmup: float
     steps_per_epoch: int
-    first_epoch: int = 0
 
     @property
     def warmup_steps(self) -> int:
@@ -69,7 +67,7 @@ class WarmupCosine:
 
 @dataclass(frozen=True)
 class Step:
-    """A factor at given epochs, counted over all stages (VSE-infinity: 0.1 at epoch 15), after the warm-up.
+    """A factor at given epochs of what the schedule spans (VSE-infinity: 0.1 at epoch 15), after the warm-up.
 
     Args:
         at: epochs at whose beginning the rate is multiplied.
@@ -90,7 +88,7 @@ class Step:
             )
 
     def share(self, step: int, span: Span) -> float:
-        begun = sum(step >= (epoch - span.first_epoch) * span.steps_per_epoch for epoch in self.at)
+        begun = sum(step >= epoch * span.steps_per_epoch for epoch in self.at)
         return float(span.rising(step) * self.factor**begun)
 
 

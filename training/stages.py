@@ -199,8 +199,7 @@ def _optimizer(
     steps = items // (recipe.batch_size * process_count())  # of an epoch
     before = sum(stage.epochs for stage in recipe.stages[:index])
     if recipe.restart:
-        here = steps * recipe.stages[index].epochs
-        span = Span(steps=here, warmup=recipe.warmup, steps_per_epoch=steps, first_epoch=before)
+        span = Span(steps=steps * recipe.stages[index].epochs, warmup=recipe.warmup, steps_per_epoch=steps)
         return optimizer, scheduler(optimizer, recipe.schedule, span)
     if index:
         checkpoint = latest_checkpoint(run.path / "checkpoints" / recipe.stages[index - 1].name)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,11 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, MultiStepLR
 from transformers import get_cosine_schedule_with_warmup
 
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
 from training.schedules import SCHEDULES, Cosine, Schedule, Span, Step, WarmupCosine, scheduler
+from training.stages import Stage
 
 
 def sgd() -> torch.optim.Optimizer:
@@ -52,14 +59,24 @@ def test_warmup_cosine_is_clip4clips() -> None:
     assert WarmupCosine().share(0, Span(steps=100, warmup=0.0, steps_per_epoch=20)) == 1
 
 
-def test_step_is_that_of_torch_and_counts_epochs_over_all_stages() -> None:
+def test_step_is_that_of_torch() -> None:
     expected = rates(MultiStepLR(sgd(), milestones=[3 * 4, 5 * 4], gamma=0.1), 28)
-    assert ours(Step(at=(3, 5)), Span(steps=28, warmup=0.0, steps_per_epoch=4)) == [pytest.approx(r) for r in expected]
-    first, second = (
-        Span(steps=steps, warmup=0.0, steps_per_epoch=4, first_epoch=epoch) for steps, epoch in ((16, 0), (12, 4))
-    )
-    both = ours(Step(at=(3, 5)), first) + ours(Step(at=(3, 5)), second)
-    assert both == [pytest.approx(row) for row in expected]
+    span = Span(steps=28, warmup=0.0, steps_per_epoch=4)
+    assert ours(Step(at=(3, 5)), span) == [pytest.approx(row) for row in expected]
+    assert ours(Step(at=(3, 5)), span, done=13) == [pytest.approx(row) for row in expected[13:]]
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_steps_count_the_epochs_of_a_stage_where_each_has_its_schedule(tmp_path: Path, restart: bool) -> None:
+    """Stages of three epochs of four steps, the rate a tenth from epoch 2 on: of each, or of all six."""
+    stages = (Stage(name="adapt", epochs=3), Stage(name="more", epochs=3))
+    tiny.train(tmp_path, stages=stages, restart=restart, schedule=Step(at=(2,)), warmup=0.0)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [(line["stage"], line["step"], line["learning_rate"]) for line in log if "learning_rate" in line]
+    whole = [row[0] / 10 for row in rates(MultiStepLR(sgd(), milestones=[2 * 4], gamma=0.1), 24)]
+    expected = {"adapt": whole[:12], "more": whole[:12] if restart else whole[12:]}
+    assert {stage for stage, _, _ in found} == expected.keys()
+    assert [rate for _, _, rate in found] == pytest.approx([expected[stage][step - 1] for stage, step, _ in found])
 
 
 def test_constant_and_the_linear_warmup() -> None:
