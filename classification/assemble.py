@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from transformers import set_seed
 
-from adapters import inject
+from adapters import inject, load
 from classification.data import DATASETS, SPLITS, ClassificationDataset
 from classification.evaluate import Split
 from classification.experiment import Experiment
 from classification.images import LabelledImages
 from classification.models import Classifier, build_model
 from classification.tokens import LabelledTokens, cached_tokens
-from training import choose
+from training import RunFolder, choose
+from training.hardware import compute_device
+from training.run import WEIGHTS
 
 
 def assemble(experiment: Experiment) -> tuple[ClassificationDataset, dict[str, Split], Classifier]:
@@ -47,3 +52,31 @@ def _images(data: ClassificationDataset, split: str, experiment: Experiment) -> 
         seed=experiment.seed,
         workers=experiment.recipe.workers,
     )
+
+
+def restore(
+    run: str | Path, root: str | Path | None = None
+) -> tuple[ClassificationDataset, dict[str, Split], Classifier]:
+    """What `assemble` gave to a run that has finished, with the trained weights from its adapter file.
+
+    Args:
+        run: its folder.
+        root: where the data are now, if not where the run had them.
+
+    Raises:
+        FileNotFoundError: if `run` is no folder of a finished run.
+        Unrestorable: if another version wrote its configuration, or the data are not those that it was trained on.
+    """
+    run = Path(run)
+    data, splits, model = assemble(Experiment.of(RunFolder(run).finished_config(root)))
+    RunFolder(run).check_data(fingerprint(data))
+    load(model, run / WEIGHTS).to(compute_device())
+    return data, splits, model
+
+
+def fingerprint(data: ClassificationDataset) -> str:
+    """SHA-256 over the data and which image is in which split."""
+    digest = hashlib.sha256(data.fingerprint.encode())
+    for split in SPLITS:
+        digest.update(f"{split} {data.splits[split].tolist()}".encode())
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from classification.data import DATASETS
 from classification.models import MODELS
 from training import BaseExperiment, shared_settings
+from training.experiment import settings_of_this_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,10 @@ class Experiment(BaseExperiment):
 
         Raises:
             ValueError: for a name or value that does not exist; the message says what does.
+            Unrestorable: for a configuration that another version of the suite wrote.
         """
-        return cls(**shared_settings(config, datasets=DATASETS, models=MODELS))
+        with settings_of_this_version():
+            return cls(**shared_settings(config, datasets=DATASETS, models=MODELS))
 
     @property
     def levels(self) -> tuple[str, ...]:

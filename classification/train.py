@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from adapters import save
-from classification.assemble import assemble
-from classification.data import SPLITS, ClassificationDataset
+from adapters import load, save
+from classification.assemble import assemble, fingerprint
 from classification.evaluate import Split, evaluate
 from classification.experiment import Experiment
 from classification.models import Classifier
 from eval import chance_accuracy
 from regularizers import Subspaces
-from training import RunFolder, Stage, run_stages
+from training import RunFolder, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
-from training.run import is_first_process
+from training.run import WEIGHTS, is_first_process
 from training.stages import check_items
 
 
@@ -42,6 +40,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run = RunFolder.of(experiment.runs, *experiment.levels)
     run.check(config)
     if run.finished:
+        run.drop_checkpoints()  # of a run that was killed just then
         return run
 
     check_devices()
@@ -51,7 +50,10 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     with clock(run, "load data and encoder"):
         data, splits, model = assemble(experiment)
         check_items(len(splits["train"]), experiment.recipe.batch_size)
-        validation = _validation(splits, experiment)
+        validation, data_fingerprint = _validation(splits, experiment), fingerprint(data)
+    run.check_data(data_fingerprint)
+    if experiment.start_from and not run.has_trained(first_stage):
+        RunFolder(experiment.start_from).check_data(data_fingerprint)
     run.begin(config)
     if experiment.start_from:
         run.adopt_stage(first_stage, experiment.start_from)
@@ -60,7 +62,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         experiment,
         model,
         data={
-            "fingerprint": _fingerprint(data),
+            "fingerprint": data_fingerprint,
             "images": {name: len(split) for name, split in splits.items()},
         },
         preprocessing=data.preprocessing
@@ -71,9 +73,6 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     torch.set_num_threads(hardware.threads)
     precision = hardware.precision
     probed: list[dict[str, Tensor]] = []
-
-    def after_stage(stage: Stage, trained: nn.Module) -> None:
-        probed.append(heat_maps(probe(model, splits)))
 
     with clock(run, "train") as watch:
         run_stages(
@@ -89,19 +88,36 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             regularizer=experiment.regularizer,
             hardware=hardware,
             seed=experiment.seed,
-            after_stage=after_stage,
+            after_stage=lambda: probed.append(heat_maps(probe(model, splits))),
             after_epoch=watch.tick,
         )
     if is_first_process():
-        save(model, run.path / "adapter.safetensors")
+        save(model, run.path / WEIGHTS)
 
     with clock(run, "evaluate"):
         ends = ("validation", "test") if validation else ("test",)
         metrics: dict[str, Any] = {name: evaluate(model, splits[name], precision=precision) for name in ends}
         metrics["chance"] = {name: chance_accuracy(len(data.classes)) for name in ends}
         metrics |= record_redundancy(run, probed)
-    run.write_json("metrics.json", metrics)
+        if after := after_earlier_stages(run, experiment, model, splits["test"], precision):
+            metrics["after"] = after
+    run.finish(metrics)
     return run
+
+
+def after_earlier_stages(
+    run: RunFolder, experiment: Experiment, model: Classifier, test: Split, precision: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{stage: {"test": metrics}} of each stage but the last, for metrics.json; nothing is selected on them.
+
+    The first stage, without the penalty, is the reference that the paper compares the second one with (section 4.2).
+    The model is left with the weights of one of them.
+    """
+    after = {}
+    for stage in experiment.recipe.stages[:-1]:
+        load(model, run.path / "checkpoints" / stage.name / WEIGHTS)
+        after[stage.name] = {"test": evaluate(model, test, precision=precision)}
+    return after
 
 
 def probe(model: Classifier, splits: Mapping[str, Split]) -> dict[str, Subspaces]:
@@ -130,11 +146,3 @@ def _validation(splits: Mapping[str, Split], experiment: Experiment) -> Split | 
             "validation; use trainer.selection=last, or a setting of the data that holds some out (data.train=train800)"
         )
     return None
-
-
-def _fingerprint(data: ClassificationDataset) -> str:
-    """SHA-256 over the data and which image is in which split."""
-    digest = hashlib.sha256(data.fingerprint.encode())
-    for split in SPLITS:
-        digest.update(f"{split} {data.splits[split].tolist()}".encode())
-    return digest.hexdigest()

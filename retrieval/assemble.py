@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import set_seed
 
 from adapters import inject, load
@@ -14,8 +15,10 @@ from retrieval.data import DATASETS, SPLITS, RetrievalDataset
 from retrieval.experiment import Experiment
 from retrieval.model import RetrievalModel
 from retrieval.models import build_model
+from training import RunFolder
 from training.chunked import check_chunkable
 from training.hardware import compute_device
+from training.run import WEIGHTS
 
 
 def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
@@ -50,16 +53,26 @@ def check_recipe(experiment: Experiment, model: RetrievalModel, captions: Captio
         raise ValueError("CLIP's tokenizer has no mask token to augment words with; use trainer.augmentation=null")
 
 
-def restore(run: Path) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
+def restore(
+    run: str | Path, root: str | Path | None = None
+) -> tuple[dict[str, RetrievalDataset], RetrievalModel, dict[str, Captions]]:
     """What `assemble` gave to a run that has finished, with the trained weights from its adapter file.
+
+    Args:
+        run: its folder.
+        root: where the data are now, if not where the run had them.
 
     Raises:
         FileNotFoundError: if `run` is no folder of a finished run.
+        Unrestorable: if another version wrote its configuration, or the data are not those that it was trained on.
     """
-    for name in ("config.yaml", "adapter.safetensors"):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run} holds no {name}: expected the folder of a run that training has finished")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    splits, model, captions = assemble(Experiment.of(config))
-    load(model, run / "adapter.safetensors").to(compute_device())
+    run = Path(run)
+    splits, model, captions = assemble(Experiment.of(RunFolder(run).finished_config(root)))
+    RunFolder(run).check_data(fingerprint(splits))
+    load(model, run / WEIGHTS).to(compute_device())
     return splits, model, captions
+
+
+def fingerprint(splits: Mapping[str, RetrievalDataset]) -> str:
+    """SHA-256 over the data of all splits."""
+    return hashlib.sha256("".join(data.fingerprint for data in splits.values()).encode()).hexdigest()

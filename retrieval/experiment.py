@@ -11,6 +11,7 @@ from retrieval.data import DATASETS
 from retrieval.losses import LOSSES
 from retrieval.models import MODELS
 from training import BaseExperiment, choose, shared_settings
+from training.experiment import settings_of_this_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,13 @@ class Experiment(BaseExperiment):
 
         Raises:
             ValueError: for a name or value that does not exist; the message says what does.
+            Unrestorable: for a configuration that another version of the suite wrote.
         """
+        with settings_of_this_version():
+            return cls(**cls._settings(config))
+
+    @staticmethod
+    def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings = shared_settings(config, datasets=DATASETS, models=MODELS)
         protocol, model = config.get("protocol", {}).get("name", "mended"), settings["model"]["name"]
         if protocol != "mended" and model != "vse_infty":
@@ -40,10 +47,9 @@ class Experiment(BaseExperiment):
         trainer, augmentation = config["trainer"], config["trainer"].get("augmentation")
         if trainer["pairing"] not in PAIRINGS:
             raise ValueError(f"trainer.pairing is {trainer['pairing']!r}; expected one of {', '.join(PAIRINGS)}")
-        return cls(
-            **settings,
-            max_length=settings["model"].pop("max_length"),
-            loss=choose("loss", LOSSES, config["loss"]),
-            pairing=trainer["pairing"],
-            augmentation=Augmentation(**augmentation) if augmentation else None,
-        )
+        return settings | {
+            "max_length": settings["model"].pop("max_length"),
+            "loss": choose("loss", LOSSES, config["loss"]),
+            "pairing": trainer["pairing"],
+            "augmentation": Augmentation(**augmentation) if augmentation else None,
+        }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from adapters import save
@@ -15,17 +15,17 @@ from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
 from regularizers.layers import low_rank_layers
-from retrieval.assemble import assemble, check_recipe, restore
+from retrieval.assemble import assemble, check_recipe, fingerprint, restore
 from retrieval.batch import Captions, Collate, TrainingPairs, collate_text
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
 from retrieval.experiment import Experiment
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
-from training import RunFolder, Stage, run_stages
+from training import RunFolder, run_stages
 from training.hardware import check_devices
 from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
-from training.run import is_first_process
+from training.run import WEIGHTS, is_first_process
 from training.stages import check_items
 
 
@@ -45,8 +45,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run = RunFolder.of(experiment.runs, *experiment.levels)
     run.check(config)
     if run.finished:
+        run.drop_checkpoints()  # of a run that was killed just then
         if is_first_process():
-            complete_report(run)
+            complete_report(run, experiment.root)
         return run
 
     check_devices()
@@ -64,6 +65,10 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
         )
         check_items(len(pairs), experiment.recipe.batch_size)
+        data_fingerprint = fingerprint(splits)
+    run.check_data(data_fingerprint)
+    if experiment.start_from and not run.has_trained(first_stage):
+        RunFolder(experiment.start_from).check_data(data_fingerprint)
     run.begin(config)
     if experiment.start_from:
         run.adopt_stage(first_stage, experiment.start_from)
@@ -73,7 +78,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         experiment,
         model,
         data={
-            "fingerprint": hashlib.sha256("".join(data.fingerprint for data in splits.values()).encode()).hexdigest(),
+            "fingerprint": data_fingerprint,
             "images": {name: len(data) for name, data in splits.items()},
             "captions": {name: len(data.captions) for name, data in splits.items()},
         },
@@ -84,9 +89,6 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     torch.set_num_threads(hardware.threads)
     validation, test, precision = splits["validation"], splits["test"], hardware.precision
     probed: list[dict[str, Tensor]] = []
-
-    def after_stage(stage: Stage, trained: nn.Module) -> None:
-        probed.append(heat_maps(probe(model, validation, captions["validation"])))
 
     with clock(run, "train") as watch:
         run_stages(
@@ -102,11 +104,11 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             regularizer=experiment.regularizer,
             hardware=hardware,
             seed=experiment.seed,
-            after_stage=after_stage,
+            after_stage=lambda: probed.append(heat_maps(probe(model, validation, captions["validation"]))),
             after_epoch=watch.tick,
         )
     if is_first_process():
-        save(model, run.path / "adapter.safetensors")
+        save(model, run.path / WEIGHTS)
 
     with clock(run, "evaluate"):
         metrics: dict[str, Any] = {
@@ -118,15 +120,19 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         if as_prior_work:
             metrics["validation_is"] = "test"  # for who reads the numbers alone
         metrics |= record_redundancy(run, probed)
-    run.write_json("metrics.json", metrics)  # from here on the run is finished: nothing for people may lose its numbers
+    run.finish(metrics)  # from here on the run is finished: nothing for people may lose its numbers
     if is_first_process():
         save_showcase(run, test, encoded)
         write_report(run.path)
     return run
 
 
-def complete_report(run: RunFolder) -> None:
+def complete_report(run: RunFolder, root: Path | None = None) -> None:
     """Write what people look at of a finished run, where a kill after its numbers has lost that.
+
+    Args:
+        run: a finished run.
+        root: where the data are now, if not where the run had them.
 
     Where the pictures cannot be had any more, that is printed, and the report goes without.
     """
@@ -134,7 +140,7 @@ def complete_report(run: RunFolder) -> None:
         return
     if not (run.path / "retrieved.json").is_file():
         try:
-            described, (splits, model, captions) = run.read_json("run.json"), restore(run.path)
+            described, (splits, model, captions) = run.read_json("run.json"), restore(run.path, root)
             torch.set_num_threads(described["threads"])
             encoded = encode(model, splits["test"], captions["test"], precision=described["precision"])
             save_showcase(run, splits["test"], encoded)

@@ -2,6 +2,7 @@
 
 python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/linear/seed0
 python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/none/seed0 split=validation output=metrics.json
+python scripts/evaluate.py run=runs/retrieval/flickr30k/vse_infty/lora/none/seed0 root=/where/the/data/are/now
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main(config: dict[str, Any]) -> None:
         )
     if config["output"] and not Path(config["output"]).resolve().parent.is_dir():
         raise FileNotFoundError(f"output={config['output']}: its folder does not exist")
-    splits, model, captions = restore(folder)
+    splits, model, captions = restore(folder, config["root"])
     torch.set_num_threads(described["threads"])
     data = splits[split]
     metrics = {

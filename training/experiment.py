@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from regularizers import ReSoRA
 from training.choose import check_name, choose
 from training.hardware import check_hardware
 from training.optimizers import LearningRates
+from training.run import Unrestorable
 from training.schedules import SCHEDULES
 from training.stages import Recipe, Stage
 
@@ -60,6 +62,15 @@ class BaseExperiment:
         """The levels of the run's folder below `runs`."""
         penalty = self.regularizer.measure if self.regularizer else "none"
         return (self.task, self.data, self.model["name"], self.adapter.name, penalty, f"seed{self.seed}")
+
+
+@contextmanager
+def settings_of_this_version() -> Iterator[None]:
+    """While a configuration is read: what it lacks is told as `Unrestorable`, where a bare KeyError would say "x"."""
+    try:
+        yield
+    except KeyError as error:
+        raise Unrestorable(f"the configuration lacks {error}: another version of the suite wrote it") from error
 
 
 def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], models: Iterable[str]) -> dict[str, Any]:

@@ -17,10 +17,17 @@ from typing import Any
 
 import yaml
 
+from training.configuration import FREE, at_root, differences
 from training.hardware import process_count
 
 PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "numpy", "decord", "av", "scikit-learn")
+CONFIG = "config.yaml"
+WEIGHTS = "adapter.safetensors"
 FINISHED = "metrics.json"
+
+
+class Unrestorable(ValueError):
+    """A run that cannot be put together again here: another version wrote it, or the data are others."""
 
 
 class RunFolder:
@@ -47,22 +54,53 @@ class RunFolder:
         return (self.path / FINISHED).is_file()
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if the folder was begun with another configuration; the message names what differs."""
-        path = self.path / "config.yaml"
-        if path.is_file():
-            earlier, now = flatten(yaml.safe_load(path.read_text())), flatten(config)
-            different = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
-            if different:
-                changes = ", ".join(f"{key}: {earlier.get(key)!r} then, {now.get(key)!r} now" for key in different)
-                raise ValueError(
-                    f"{self.path} was begun with another configuration ({changes}); give this run another place with "
-                    "runs=FOLDER, or delete the old folder"
+        """Raise ValueError if the folder was begun with a configuration that gives other results; says what differs."""
+        path = self.path / CONFIG
+        if path.is_file() and (different := differences(yaml.safe_load(path.read_text()), config)):
+            changes = ", ".join(f"{key}: {then!r} then, {now!r} now" for key, (then, now) in different.items())
+            raise ValueError(
+                f"{self.path} was begun with another configuration ({changes}); give this run another place with "
+                "runs=FOLDER, or delete the old folder"
+            )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raise `Unrestorable` if the run was trained on data with another fingerprint."""
+        before = ((self.read_json("run.json") or {}).get("data") or {}).get("fingerprint", fingerprint)
+        if before != fingerprint:
+            raise Unrestorable(
+                f"{self.path} was trained on other data (fingerprint {before[:12]} then, {fingerprint[:12]} now); give "
+                "it the same with root=FOLDER, or train another run on these in another place, runs=FOLDER"
+            )
+
+    def finished_config(self, root: str | Path | None = None) -> dict[str, Any]:
+        """The configuration of a run that has finished; its data are below `root`, if they are not where they were.
+
+        Raises:
+            FileNotFoundError: if this is no folder of a finished run.
+        """
+        for name in (CONFIG, WEIGHTS):
+            if not (self.path / name).is_file():
+                raise FileNotFoundError(
+                    f"{self.path} holds no {name}: expected the folder of a run that training has finished"
                 )
+        config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        return at_root(config, str(root)) if root else dict(config)
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Check the configuration and write it down."""
         self.check(config)
-        self.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        self.write_text(CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json and let go of what the run would have gone on from."""
+        self.write_json(FINISHED, metrics)
+        self.drop_checkpoints()
+
+    def drop_checkpoints(self) -> None:
+        """Delete the epochs' checkpoints, three times what trains in size; what each stage ended with stays."""
+        if is_first_process():
+            for checkpoint in self.path.glob("checkpoints/*/checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
     def has_trained(self, stage: str) -> bool:
         """Whether a stage is complete here."""
@@ -85,13 +123,10 @@ class RunFolder:
             return
         if not RunFolder(source).has_trained(stage):
             raise FileNotFoundError(f"start_from={source}: expected a run folder that has finished its stage {stage!r}")
-        later = tuple(f"trainer.stages.{name}." for name in config["trainer"]["stages"] if name != stage)
-        free = ("regularizer.", "start_from", "runs", *later)
-        earlier = flatten(yaml.safe_load((source / "config.yaml").read_text()))
-        now = flatten(config)
-        keys = [key for key in sorted(earlier.keys() | now.keys()) if not key.startswith(free)]
-        if different := [key for key in keys if earlier.get(key) != now.get(key)]:
-            changes = ", ".join(f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} here" for key in different)
+        later = (f"trainer.stages.{name}" for name in config["trainer"]["stages"] if name != stage)
+        earlier = yaml.safe_load((source / CONFIG).read_text())
+        if different := differences(earlier, config, free=(*FREE, "regularizer", *later)):
+            changes = ", ".join(f"{key}: {then!r} there, {now!r} here" for key, (then, now) in different.items())
             raise ValueError(f"start_from={source} was trained in another way ({changes})")
         described = RunFolder(source).read_json("run.json") or {}
         if (there := described.get("processes", process_count())) != process_count():
@@ -136,17 +171,6 @@ class RunFolder:
 def is_first_process() -> bool:
     """Whether this is the process that writes what is written once; torchrun numbers them before they are connected."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def environment() -> dict[str, Any]:

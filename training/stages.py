@@ -14,22 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from adapters import load, save
 from regularizers import ReSoRA
 from training.choose import check_name
 from training.hardware import Hardware, check_devices, compute_device, process_count
+from training.log import Progress, WriteLog, log_records
 from training.optimizers import OPTIMIZERS, LearningRates, build_optimizer
-from training.run import RunFolder
+from training.run import WEIGHTS, RunFolder
 from training.schedules import Cosine, Schedule, Span, scheduler
-from training.trainer import WEIGHTS, AdapterTrainer, latest_checkpoint
+from training.trainer import AdapterTrainer, latest_checkpoint
 
 SELECTIONS = ("last", "validation")
 
@@ -55,7 +50,8 @@ class Recipe:
         schedule: of the learning rates, see `training.schedules`.
         warmup: share of a stage's steps with a rising learning rate.
         max_grad_norm: global norm to which gradients are clipped.
-        selection: keep the weights of the "last" epoch of a stage, or of the epoch that is best on "validation".
+        selection: keep the weights of the "last" epoch of a stage, or of the epoch that is best on "validation", among
+            those that are evaluated.
         evaluate_every: epochs between two evaluations on the validation split; a stage's last epoch has always one.
         restart: give each stage a fresh optimiser and schedule; otherwise the optimiser's state goes on and one
             schedule spans all stages.
@@ -99,11 +95,8 @@ class Recipe:
             raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1 item, or null for the whole batch")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
-        if self.evaluate_every < 1 or (self.evaluate_every > 1 and self.selection == "validation"):
-            raise ValueError(
-                f"evaluate_every is {self.evaluate_every}; expected 1 or more epochs, and 1 for selection=validation, "
-                "which compares all epochs"
-            )
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}; expected 1 or more epochs")
         if not self.restart and self.selection != "last":
             raise ValueError(
                 "restart=False goes on with the optimiser of a stage's last epoch, and selection=validation with the "
@@ -133,7 +126,7 @@ def run_stages(
     hardware: Hardware,
     seed: int,
     metric: str = "Rsum",
-    after_stage: Callable[[Stage, nn.Module], None] = lambda stage, model: None,
+    after_stage: Callable[[], None] = lambda: None,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """Train `model`, which holds its adapter, through the stages of `recipe`, in place.
@@ -173,21 +166,20 @@ def run_stages(
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(_Progress(stage.name, metric))
-            trainer.add_callback(_WriteLog(run, list(records), stage.name, after_epoch))
+            trainer.add_callback(Progress(stage.name, metric))
+            trainer.add_callback(WriteLog(run, list(records), stage.name, after_epoch))
             checkpoint = latest_checkpoint(folder)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             history = trainer.state.log_history
             if trainer.is_world_process_zero():
                 save(model, folder / WEIGHTS)
                 run.write_json(f"checkpoints/{stage.name}/history.json", history)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.barrier()  # the first process has written what the next stage starts from
+            trainer.accelerator.wait_for_everyone()  # the first process has written what the next stage starts from
         else:
             load(model, folder / WEIGHTS)
-        records += _log_records(stage.name, history)
+        records += log_records(stage.name, history)
         first_epoch += stage.epochs
-        after_stage(stage, model)
+        after_stage()
     run.write_lines("log.jsonl", records)
 
 
@@ -240,61 +232,3 @@ def _arguments(
         report_to=list(recipe.report_to) or "none",
         seed=seed,
     )
-
-
-def _log_records(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Trainer's log history as the lines of log.jsonl."""
-    records: list[dict[str, Any]] = []
-    for entry in history:
-        record: dict[str, Any] = {"stage": stage, "epoch": entry.get("epoch"), "step": entry["step"]}
-        if validation := {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}:
-            records.append(record | {"validation": validation})
-        elif "loss" in entry:
-            parts = {key.removeprefix("part_"): value for key, value in entry.items() if key.startswith("part_")}
-            record |= {key: entry[key] for key in ("loss", "learning_rate", "grad_norm") if key in entry}
-            records.append(record | {"parts": parts})
-    return records
-
-
-class _WriteLog(TrainerCallback):
-    """Keep log.jsonl up to date after each epoch; after a resume it continues from the checkpoint's own history."""
-
-    def __init__(
-        self, run: RunFolder, earlier: list[dict[str, Any]], stage: str, after_epoch: Callable[[], None]
-    ) -> None:
-        self.run, self.earlier, self.stage, self.after_epoch = run, earlier, stage, after_epoch
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.run.write_lines("log.jsonl", self.earlier + _log_records(self.stage, state.log_history))
-        self.after_epoch()
-
-
-class _Progress(TrainerCallback):
-    """One bar a stage, with the loss beside it and a line for each validation."""
-
-    def __init__(self, stage: str, metric: str) -> None:
-        self.stage, self.metric = stage, metric
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self.stage}", unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is None:
-            return
-        logs: dict[str, float] = kwargs["logs"]
-        if (score := logs.get(f"eval_{self.metric.lower()}")) is not None:
-            self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: validation {self.metric} {score:.1f}")
-        elif parts := {key.removeprefix("part_"): value for key, value in logs.items() if key.startswith("part_")}:
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items()}, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

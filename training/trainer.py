@@ -14,8 +14,8 @@ from adapters import load, save
 from regularizers import Captured, ReSoRA
 from training.chunked import check_chunkable, chunked_backward
 from training.plugin import ReSoRAMixin
+from training.run import WEIGHTS
 
-WEIGHTS = "adapter.safetensors"
 LAST_WRITTEN = "trainer_state.json"  # of a checkpoint: where it is missing, the writer was killed
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -91,8 +90,6 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
     metrics, described = run.read_json("metrics.json"), run.read_json("run.json")
     lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     score = TASKS[job.task].score
-    for checkpoint in run.path.glob("checkpoints/*/checkpoint-*"):
-        shutil.rmtree(checkpoint)  # optimiser states; what a stage ended with stays
     return {
         "task": job.task,
         "method": job.method,

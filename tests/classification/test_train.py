@@ -75,7 +75,7 @@ def test_lora_with_the_penalty(root: Path, tmp_path: Path, capsys: pytest.Captur
 
     # What it printed is what it measured, and the file alone gives it again.
     assert re.search(rf"test .* {metrics['test']['accuracy']:.1f}", printed) and str(folder) in printed
-    assert set(metrics) == {"validation", "test", "chance", "redundancy"}
+    assert set(metrics) == {"validation", "test", "chance", "redundancy", "after"}
     assert metrics["test"]["accuracy"] > 20 and metrics["chance"]["test"]["accuracy"] == 10
     data, splits, model = assemble(Experiment.of(asked))
     load(model, folder / "adapter.safetensors")

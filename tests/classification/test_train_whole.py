@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from vtab_folder import write_few_shot, write_vtab
 
-from adapters import load
-from classification.assemble import assemble
+from classification.assemble import assemble, restore
 from classification.data import Digits
 from classification.evaluate import evaluate
 from classification.experiment import Experiment
 from classification.images import LabelledImages
 from classification.train import train
+from training import RunFolder
+from training.run import Unrestorable
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = """
     model=vit_b16 model.architecture=test_vit model.weights=random data.size=32 data.check_counts=false seed=1
-    trainer.batch_size=8 trainer.threads=1 trainer.precision=float32 trainer.workers=0 trainer.evaluate_every=1
+    trainer.batch_size=8 trainer.threads=1 trainer.precision=float32 trainer.workers=0
     trainer.stages.adapt.epochs=4 trainer.stages.regularize.epochs=1 trainer.rates.adapter=1e-2 trainer.rates.head=1e-2
 """
 
@@ -55,12 +57,12 @@ def config(root: Path, runs: Path, *more: str) -> dict[str, Any]:
     return plain
 
 
-def test_vtab_trains_on_all_images_and_looks_at_the_test_once(root: Path, tmp_path: Path) -> None:
+def test_vtab_trains_on_all_images_and_looks_at_the_test_after_each_stage(root: Path, tmp_path: Path) -> None:
     asked = config(root, tmp_path, "data=vtab")
     run = train(asked)
     assert run.path == tmp_path / "classification/vtab-cifar/vit_b16/lora/linear/seed1"
     metrics, described = run.read_json("metrics.json"), run.read_json("run.json")
-    assert set(metrics) == {"test", "chance", "redundancy"} and metrics["chance"]["test"]["accuracy"] == 25
+    assert set(metrics) == {"test", "chance", "redundancy", "after"} and metrics["chance"]["test"]["accuracy"] == 25
     assert metrics["test"]["accuracy"] > 60, "each class has its colour"
     assert described["data"]["images"] == {"train": 24, "validation": 0, "test": 12}
     assert described["preprocessing"].startswith("jpg files, ") and "32" in described["preprocessing"]
@@ -68,19 +70,44 @@ def test_vtab_trains_on_all_images_and_looks_at_the_test_once(root: Path, tmp_pa
     assert not [line for line in log if "validation" in line]
     assert {part for line in log for part in line["parts"]} == {"cross_entropy", "resora_linear"}
 
-    # The adapter file alone gives the numbers again, on the backbone that the seed makes.
-    _, splits, model = assemble(Experiment.of(asked))
-    load(model, run.path / "adapter.safetensors")
+    # The adapter file alone gives the numbers again, on the backbone that the seed makes, wherever the data are.
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved)
+    data, splits, model = restore(run.path, moved)
+    assert data.folder.images.is_relative_to(moved)
     assert evaluate(model, splits["test"]) == pytest.approx(metrics["test"], rel=1e-4)
+    assert not list(run.path.glob("checkpoints/*/checkpoint-*")), "no optimiser states"
+    picture = data.folder.images / data.files[-1]
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    with pytest.raises(Unrestorable, match="was trained on other data"):
+        restore(run.path, moved)
+
+    # What the run says of its first stage is what a run of that stage alone measures, and one can go on from that.
+    reference = ("regularizer=none", "trainer.stages.regularize.epochs=0")
+    alone = train(config(root, tmp_path / "alone", "data=vtab", *reference))
+    assert alone.read_json("metrics.json")["test"] == metrics["after"]["adapt"]["test"] != metrics["test"]
+    assert "after" not in alone.read_json("metrics.json")
+    gone_on = train(config(root, tmp_path / "on", "data=vtab", f"start_from={alone.path}"))
+    assert gone_on.read_json("metrics.json") == metrics
+
+
+def test_a_configuration_of_another_version(root: Path, tmp_path: Path) -> None:
+    run, asked = RunFolder(tmp_path), config(root, tmp_path, "data=vtab")
+    del asked["trainer"]["chunk_size"]
+    run.begin(asked)
+    (tmp_path / "adapter.safetensors").touch()
+    with pytest.raises(Unrestorable, match="lacks 'chunk_size': another version of the suite wrote it"):
+        restore(tmp_path)
 
 
 def test_held_out_images_choose_the_epoch(root: Path, tmp_path: Path) -> None:
     held_out = ("data.train=train800", "trainer.selection=validation", "adapter=ssf", "regularizer=none")
+    assert config(root, tmp_path, "data=vtab")["trainer"]["evaluate_every"] == 10  # and the last epoch of each stage
     run = train(config(root, tmp_path, "data=vtab", *held_out))
     metrics = run.read_json("metrics.json")
     log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     scores = [line["validation"]["accuracy"] for line in log if "validation" in line]
-    assert len(scores) == 5 and metrics["validation"]["accuracy"] == pytest.approx(scores[-1])
+    assert len(scores) == 2 and metrics["validation"]["accuracy"] == pytest.approx(scores[-1])
     with pytest.raises(ValueError, match=r"selection=validation, but data=vtab .* \(data\.train=train800\)"):
         train(config(root, tmp_path / "other", "data=vtab", "trainer.selection=validation"))
     assert not (tmp_path / "other").exists()
@@ -93,7 +120,7 @@ def test_a_few_shots(root: Path, tmp_path: Path) -> None:
     described = run.read_json("run.json")
     assert described["data"]["images"] == {"train": 12, "validation": 6, "test": 6}
     assert "in training random resized crop" in described["preprocessing"]
-    assert set(run.read_json("metrics.json")) == {"validation", "test", "chance", "redundancy"}
+    assert set(run.read_json("metrics.json")) == {"validation", "test", "chance", "redundancy", "after"}
 
 
 class Coloured:

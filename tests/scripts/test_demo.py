@@ -64,5 +64,5 @@ def test_make_demo(target: str, tmp_path: Path, cache: Path) -> None:
 
     # Its adapter file alone gives the same numbers on the same backbone.
     output = tmp_path / "again.json"
-    evaluate.main({"run": str(run), "split": "test", "output": str(output)})
+    evaluate.main({"run": str(run), "split": "test", "root": None, "output": str(output)})
     assert json.loads(output.read_text())["test"] == metrics["test"]

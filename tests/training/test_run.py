@@ -15,6 +15,7 @@ from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_h
 from training.hardware import compute_device, device_name
 from training.optimizers import parameter_groups
 from training.record import clock, describe
+from training.run import Unrestorable
 from training.trainer import latest_checkpoint
 
 
@@ -64,6 +65,52 @@ def test_a_run_refuses_another_configuration_and_a_path_out_of_its_root(tmp_path
     with pytest.raises(ValueError):
         run.write_json("bad.json", {"a": float("nan")})
     assert not (run.path / "bad.json").exists()
+
+
+def test_a_run_goes_on_where_only_places_and_workers_differ(tmp_path: Path) -> None:
+    def config(root: str, workers: int, weights: str, **more: Any) -> dict[str, Any]:
+        data = {"name": "vtab", "root": root, "prepare": {"workers": workers}, "pictures": root}
+        trainer = {"workers": workers, "report_to": ["wandb"] * workers, "batch_size": 8}
+        return {"root": root, "runs": root, "data": data, "model": {"weights": weights}, "trainer": trainer} | more
+
+    run = RunFolder(tmp_path)
+    run.begin(config("data", 4, "data/ViT-B_16.npz"))
+    moved = config("/scratch/7", 0, "/scratch/7/ViT-B_16.npz", start_from="/scratch/7/linear")
+    run.begin(moved)
+    run.check(config("data/", 0, "data//ViT-B_16.npz"))
+    with pytest.raises(
+        ValueError, match=r"\(model.weights: '\$\{root\}/ViT-B_16.npz' then, '/other/ViT-B_16.npz' now\)"
+    ):
+        run.check(config("/scratch/7", 0, "/other/ViT-B_16.npz"))
+    with pytest.raises(ValueError, match=r"\(data.name: 'vtab' then, 'digits' now\)"):
+        run.check(config("vtab", 0, "vtab/ViT-B_16.npz") | {"data": {"name": "digits", "root": "vtab"}})
+
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter\.safetensors: expected the folder of a run that"):
+        run.finished_config()
+    (tmp_path / "adapter.safetensors").touch()
+    assert run.finished_config() == moved
+    again = run.finished_config(root="here")
+    assert again["data"]["root"] == again["root"] == "here" and again["model"]["weights"] == "here/ViT-B_16.npz"
+    assert again["data"]["name"] == "vtab" and again["start_from"] == "here/linear"
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.check_data("anything, as long as nothing has run")
+    run.write_json("run.json", {"data": {"fingerprint": "a" * 64}})
+    run.check_data("a" * 64)
+    with pytest.raises(Unrestorable, match=r"was trained on other data .*aaaa then, bbbb.* root=FOLDER"):
+        run.check_data("b" * 64)
+
+
+def test_a_finished_run_keeps_no_optimiser_states(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name in ("adapt/checkpoint-3/optimizer.pt", "adapt/history.json", "adapt/adapter.safetensors"):
+        run.write_text(f"checkpoints/{name}", "[]")
+    run.finish({"test": {}})
+    assert run.finished and run.has_trained("adapt")
+    kept = sorted(path.name for path in (tmp_path / "checkpoints/adapt").iterdir())
+    assert kept == ["adapter.safetensors", "history.json"]
 
 
 def test_of_several_processes_the_first_counts_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

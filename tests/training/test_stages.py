@@ -79,8 +79,8 @@ def test_fewer_evaluations_change_nothing_else(tmp_path: Path) -> None:
     assert epochs == [2, 2, 3], "the last epoch of a stage always"
     for name, tensor in every.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match=r"evaluate_every is 2; .* 1 for selection=validation"):
-        Recipe(stages=tiny.STAGES, evaluate_every=2, selection="validation")
+    with pytest.raises(ValueError, match="evaluate_every is 0; expected 1 or more"):
+        Recipe(stages=tiny.STAGES, evaluate_every=0)
 
 
 def test_the_penalty_changes_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +107,33 @@ def test_selection_keeps_the_weights_of_the_best_epoch_of_each_stage(tmp_path: P
     for name, tensor in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensor, seen[3][name]), name
+
+
+def test_selection_is_among_the_epochs_that_are_evaluated(tmp_path: Path) -> None:
+    """Of six epochs the 2nd, 4th and 6th are; the 2nd is the best, and the 4th's evaluation is interrupted."""
+    seen = list[dict[str, torch.Tensor]]()
+
+    def train(*scores: float) -> nn.Module:
+        remaining = list(scores)
+
+        def evaluator(model: nn.Module) -> dict[str, float]:
+            if not remaining:
+                raise KeyboardInterrupt
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return {"rsum": remaining.pop(0)}
+
+        stages = (Stage(name="adapt", epochs=6),)
+        return tiny.train(tmp_path, stages=stages, selection="validation", evaluate_every=2, evaluator=evaluator)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(5.0)
+    assert (tmp_path / "checkpoints/adapt/checkpoint-12").is_dir(), "the 3rd epoch, without an evaluation"
+    model = train(4.0, 3.0)
+    assert [line["epoch"] for line in lines(tmp_path) if "validation" in line] == [2, 4, 6]
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, seen[0][name]), name
+    assert not torch.equal(seen[0]["mlp.fc1.branches.fc1.A"], seen[2]["mlp.fc1.branches.fc1.A"])
 
 
 def test_an_objective_is_told_the_epochs_since_the_first_stage_began(tmp_path: Path) -> None:
