@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.redundancy import mean_off_diagonal
 from regularizers import Subspaces, dead_components, effective_rank, redundancy
+from regularizers.diagnostics import mean_off_diagonal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def diagnose(subspaces: Mapping[str, Subspaces]) -> list[LayerDiagnosis]:
     return [
         LayerDiagnosis(
             layer=name,
-            redundancy=mean_off_diagonal(redundancy(pair).tolist()) if len(pair.basis) > 1 else None,
+            redundancy=mean_off_diagonal(redundancy(pair)) if len(pair.basis) > 1 else None,
             effective_rank=effective_rank(pair),
             dead=dead_components(pair),
             rank=len(pair.basis),

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from eval.history import History
 from eval.metrics import DIRECTIONS, RECALL_AT
-from eval.redundancy import mean_off_diagonal
+from regularizers.diagnostics import mean_off_diagonal
 
 WIDTH = 5.4  # inches; a phone shows 10 pt of it as about 9 px
 Matrix = Sequence[Sequence[float]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from regularizers.diagnostics import mean_off_diagonal
 
 Matrices = Mapping[str, Sequence[Sequence[float]]]
 
@@ -17,15 +17,6 @@ class LayerRedundancy:
     layer: str
     before: float
     after: float
-
-
-def mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean of the entries off the diagonal of an (r, r) matrix; 0 for r = 1, which has nothing to be redundant with."""
-    values = np.asarray(matrix, dtype=np.float64)
-    if values.ndim != 2 or values.shape[0] != values.shape[1]:
-        raise ValueError(f"redundancy: expected a square matrix of shape (r, r); received shape {values.shape}")
-    off = values[~np.eye(len(values), dtype=bool)]
-    return float(off.mean()) if off.size else 0.0
 
 
 def layer_redundancies(before: Matrices, after: Matrices) -> list[LayerRedundancy]:

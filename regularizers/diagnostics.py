@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from regularizers.columns import cosines
-from regularizers.subspaces import Subspaces
+from regularizers.subspaces import Subspaces, with_pairs
 
 DEAD = 0.01  # of the largest subspace of the layer
 
@@ -24,25 +24,29 @@ def redundancy(subspaces: Subspaces) -> Tensor:
 
 
 def mean_redundancy(subspaces: Mapping[str, Subspaces]) -> float:
-    """The mean of the off-diagonal entries of `redundancy`, averaged over the layers; in [0, 1].
+    """The mean of the off-diagonal entries of `redundancy`, averaged over the layers that have any; in [0, 1].
 
     Raises:
-        ValueError: if there is no layer, or a layer has one subspace only (no pair).
+        ValueError: if there is no layer, or none with two subspaces (a pair).
     """
     if not subspaces:
         raise ValueError("no subspaces: run the model inside `with capture(model) as subspaces:` first")
-    return mean_off_diagonal({name: redundancy(layer) for name, layer in subspaces.items()})
+    means = [mean_off_diagonal(redundancy(layer)) for layer in with_pairs(subspaces).values()]
+    return sum(means) / len(means)
 
 
-def mean_off_diagonal(heat: Mapping[str, Tensor]) -> float:
-    """`mean_redundancy` from the heat maps (r, r) of the layers."""
-    means = []
-    for name, layer in heat.items():
-        pairs = layer[~torch.eye(len(layer), dtype=torch.bool, device=layer.device)]
-        if not len(pairs):
-            raise ValueError(f"{name} has rank 1: with a single subspace there is no redundancy between subspaces")
-        means.append(pairs.mean())
-    return float(torch.stack(means).mean())
+def mean_off_diagonal(matrix: Tensor | Sequence[Sequence[float]]) -> float:
+    """The mean of the entries off the diagonal of a heat map (r, r), a tensor or lists as in a run's redundancy.json.
+
+    Raises:
+        ValueError: if it is not square, or r < 2.
+    """
+    values = torch.as_tensor(matrix).cpu().double()
+    if values.ndim != 2 or values.shape[0] != values.shape[1]:
+        raise ValueError(f"redundancy: expected a square matrix of shape (r, r); received shape {tuple(values.shape)}")
+    if len(values) < 2:
+        raise ValueError(f"redundancy: a matrix of shape {tuple(values.shape)} has no pair of subspaces")
+    return float(values[~torch.eye(len(values), dtype=torch.bool)].mean())
 
 
 @torch.no_grad()

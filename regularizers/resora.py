@@ -17,7 +17,7 @@ from regularizers.euclidean import euclidean
 from regularizers.linear import linear
 from regularizers.nonlinear import nonlinear
 from regularizers.overlap import overlap
-from regularizers.subspaces import Captured, Subspaces
+from regularizers.subspaces import Captured, Subspaces, with_pairs
 
 # A measure takes activations (..., N, r) and basis (..., r, d_out) of layers (...) and returns (...): one file and one
 # line here.
@@ -92,8 +92,10 @@ class ReSoRA:
     def __call__(self, subspaces: Mapping[str, Subspaces]) -> dict[str, Tensor]:
         """What `capture` collected -> {"resora_<measure>": weighted scalar}.
 
+        A layer of rank 1 has no pair of subspaces, and is left out.
+
         Raises:
-            ValueError: if nothing was captured, or it was captured with other options than this penalty's.
+            ValueError: if no layer with two subspaces was captured, or with other options than this penalty's.
         """
         if isinstance(subspaces, Captured) and (subspaces.on, subspaces.samples) != (self.on, self.samples):
             raise ValueError(
@@ -103,13 +105,13 @@ class ReSoRA:
         if isinstance(subspaces, Captured) and subspaces.open:
             raise ValueError("subspaces are filled when the context is left: call the penalty behind the with block")
         pattern = layer_pattern(self.layers)
-        chosen = [pair for name, pair in subspaces.items() if pattern.search(name)]
+        chosen = {name: pair for name, pair in subspaces.items() if pattern.search(name)}
         if not chosen:
             raise ValueError(
                 "no subspaces to regularize: run the model, with its adapters switched on, inside "
                 "`with resora.capture(model) as subspaces:` first"
             )
-        found = [self._values(layers) for layers in _alike(chosen)]
+        found = [self._values(layers) for layers in _alike(with_pairs(chosen).values())]
         values = torch.cat([each.to(found[0].device) for each in found])
         return {f"resora_{self.measure}": self.weight * (values.mean() if self.reduction == "mean" else values.sum())}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,17 @@ class Subspaces(NamedTuple):
     """(N, r), with the adapter's scale folded in."""
     basis: Tensor
     """(r, d_out)."""
+
+
+def with_pairs(layers: Mapping[str, Subspaces]) -> dict[str, Subspaces]:
+    """The layers that have two subspaces or more; raises ValueError, with a layer's name, if there is none."""
+    found = {name: layer for name, layer in layers.items() if len(layer.basis) > 1}
+    if not found:
+        raise ValueError(
+            f"{next(iter(layers))} has rank 1, as every layer here: with a single subspace there is no redundancy "
+            "between subspaces; use a rank of 2 or more"
+        )
+    return found
 
 
 ON = ("features", "weights")

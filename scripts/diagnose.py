@@ -2,10 +2,15 @@
 
     python scripts/diagnose.py runs/retrieval/openmoji/vse_infty/lora/linear/seed0
     python scripts/diagnose.py lora.safetensors resora.safetensors --layer "layer\\.5\\." --output compared.png
+    python scripts/diagnose.py RUN --layer "value\\.v$"      # heat maps of the value of every layer
 
 PATH is one of three: an adapter file of this suite (.safetensors) or a folder that Hugging Face PEFT saved, which are
 measured on weights, the identity in place of data; or a run's folder, which is measured on the features of validation
 data and drawn after its first stage and at its end. Two are drawn side by side, on features if both are runs.
+
+Drawn is the last query, as in the paper's Figure 1a, or the last layer where no query is adapted; --layer draws others.
+The paper prints no formula for that figure: |cos| of two subspaces' activations, the square root of the term that Eq. 7
+sums, is our reading.
 
 The table: the mean of |cos| between two subspaces (0: nothing in common, 1: alike), the effective rank (how many
 dimensions the update uses) and the dead components (at most 1 % of the layer's largest).
@@ -30,12 +35,14 @@ from adapters.peft_folder import PEFT_CONFIG
 from adapters.stored import StoredSubspaces
 from eval.diagnosis import csv_of, diagnose, render_diagnosis
 from eval.figures import LIGHT, Matrix, redundancy_figure, to_png
-from eval.redundancy import common_prefix, mean_off_diagonal
+from eval.redundancy import common_prefix
 from regularizers import Subspaces, redundancy
+from regularizers.diagnostics import mean_off_diagonal
 
 ADAPTER = "adapter.safetensors"
 WEIGHTS = "weights"
 COLUMNS = 3  # of heat maps of one adapter
+QUERY = re.compile(r"(^|[._])q(uery)?(_proj)?$")  # our role; the layers that PEFT adapts
 EXPECTED = (
     f"expected an adapter file of this suite (.safetensors), a folder that PEFT saved ({PEFT_CONFIG} and "
     f"adapter_model.safetensors) or the folder of a finished run (config.yaml, run.json, {ADAPTER})"
@@ -134,7 +141,9 @@ def one_naming(stored: Sequence[StoredSubspaces]) -> list[StoredSubspaces]:
 
 
 def layers_to_draw(stored: Sequence[StoredSubspaces], paths: Sequence[Path], pattern: str | None) -> list[str]:
-    """The layers of two subspaces or more that all adapters share and the pattern is found in; without one, the last.
+    """The layers of two subspaces or more that all adapters share and the pattern is found in.
+
+    Without a pattern the last query, which the paper draws, or else the last layer.
 
     Raises:
         ValueError: if there is none that is shared, or the pattern is in none.
@@ -147,7 +156,7 @@ def layers_to_draw(stored: Sequence[StoredSubspaces], paths: Sequence[Path], pat
         raise ValueError(f"the two share no layer, so there is nothing to compare: {each}. Diagnose each on its own")
     names = [name for name in shared if all(len(file[name][1]) > 1 for file in stored)]
     if pattern is None or not names:
-        return names[-1:]
+        return ([name for name in names if QUERY.search(name)] or names)[-1:]
     try:
         found = [name for name in names if re.search(pattern, name)]
     except re.error as error:
@@ -282,7 +291,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "that is named alone, or else here"
     )  # fmt: skip
     parser.add_argument(
-        "--layer", metavar="PATTERN", help="regular expression of the layers to draw; default: the last"
+        "--layer", metavar="PATTERN", help="regular expression of the layers to draw; default: the last query"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="write the table here too, unrounded")
     arguments = parser.parse_args(words)

@@ -147,4 +147,5 @@ def record_redundancy(run: RunFolder, probed: Sequence[Mapping[str, Tensor]]) ->
         return {}
     ends = {"before": probed[0], "after": probed[-1]}
     run.write_json("redundancy.json", {when: {n: h.tolist() for n, h in heat.items()} for when, heat in ends.items()})
-    return {"redundancy": {when: mean_off_diagonal(heat) for when, heat in ends.items()}}
+    means = {when: [mean_off_diagonal(layer) for layer in heat.values()] for when, heat in ends.items()}
+    return {"redundancy": {when: sum(each) / len(each) for when, each in means.items()}}

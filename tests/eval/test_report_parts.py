@@ -10,7 +10,7 @@ import pytest
 from eval import chance_level, render_table
 from eval.figures import LIGHT, heatmap_figure, loss_figure, spread, to_svg
 from eval.history import StageSpan, read_history
-from eval.redundancy import common_prefix, layer_redundancies, mean_off_diagonal
+from eval.redundancy import common_prefix, layer_redundancies
 
 LOG = [
     {"stage": "adapt", "epoch": 0.5, "loss": 2.0, "parts": {"info_nce": 2.0}},
@@ -46,13 +46,6 @@ def test_heat_maps_share_a_scale_without_the_diagonal() -> None:
     assert left.get_clim() == right.get_clim() == (0, 0.4)
     assert before[0][0] == 1.0
     heatmap_figure([[1.0]], [[1.0]], LIGHT)  # rank 1: nothing off the diagonal, and no division by it
-
-
-def test_mean_off_diagonal() -> None:
-    assert mean_off_diagonal([[1.0, 0.2], [0.4, 1.0]]) == pytest.approx(0.3)
-    assert mean_off_diagonal([[1.0]]) == 0
-    with pytest.raises(ValueError, match=r"\(r, r\); received shape \(1, 2\)"):
-        mean_off_diagonal([[1.0, 0.2]])
 
 
 def test_layers_before_and_after_must_agree() -> None:

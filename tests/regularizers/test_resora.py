@@ -19,6 +19,7 @@ from regularizers import (
     mean_redundancy,
     redundancy,
 )
+from regularizers.diagnostics import mean_off_diagonal
 
 
 def layers() -> dict[str, Subspaces]:
@@ -95,6 +96,26 @@ def test_redundancy_squares_to_the_terms_of_equation_7() -> None:
     torch.testing.assert_close(heat.diagonal(), torch.ones(6))
     off = heat[~torch.eye(6, dtype=torch.bool)]
     assert mean_redundancy({"a": Subspaces(activations, basis)}) == pytest.approx(float(off.mean()))
+
+
+def test_the_mean_off_the_diagonal() -> None:
+    for matrix in ([[1.0, 0.2], [0.4, 1.0]], torch.tensor([[1.0, 0.2], [0.4, 1.0]])):
+        assert mean_off_diagonal(matrix) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"\(r, r\); received shape \(1, 2\)"):
+        mean_off_diagonal([[1.0, 0.2]])
+    with pytest.raises(ValueError, match="no pair of subspaces"):
+        mean_off_diagonal([[1.0]])
+
+
+@pytest.mark.parametrize("measure", REGULARIZERS)
+def test_layers_of_rank_one_have_no_pair_and_do_not_dilute_the_mean(measure: str) -> None:
+    one = Subspaces(torch.randn(20, 1), torch.randn(1, 3))
+    four = layers()["blocks.0.q"]
+    resora, name = ReSoRA(measure, weight=1.0), f"resora_{measure}"
+    torch.testing.assert_close(resora({"a": one, "b": four})[name], REGULARIZERS[measure](*four))
+    assert mean_redundancy({"a": one, "b": four}) == mean_redundancy({"b": four})
+    with pytest.raises(ValueError, match=r"blocks\.3\.q has rank 1"):
+        resora({"blocks.3.q": one})
 
 
 def test_effective_rank_is_that_of_the_update() -> None:

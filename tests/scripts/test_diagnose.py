@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel
 
 from adapters import Linear, LoRA, inject, save
 from eval.figures import LIGHT, redundancy_figure
-from eval.redundancy import mean_off_diagonal
+from regularizers.diagnostics import mean_off_diagonal
 
 ROOT = Path(__file__).parent.parent.parent
 LAYER = "encoder.layer.1.attention.self.value.v"
@@ -130,6 +130,21 @@ def test_two_adapters_side_by_side(
         np.testing.assert_allclose(axis.images[0].get_array()[0, 1:], panel[1][0][1:])
 
 
+@pytest.mark.parametrize(
+    ("layers", "drawn"),
+    [
+        (["b.0.attn.qkv.q", "b.0.attn.qkv.v", "b.1.attn.qkv.q", "b.1.attn.qkv.v"], "b.1.attn.qkv.q"),
+        (["l.0.self.query", "l.0.self.value", "l.0.dense.query_dense"], "l.0.self.query"),
+        (["l.0.q_proj", "l.1.q_proj", "l.1.v_proj"], "l.1.q_proj"),
+        (["l.0.fc1.up", "l.1.fc1.up"], "l.1.fc1.up"),
+    ],
+)
+def test_the_last_query_is_drawn(diagnose: ModuleType, layers: list[str], drawn: str) -> None:
+    """Figure 1a shows the query of the last layer."""
+    stored = {name: (torch.zeros(4, 2), torch.zeros(2, 4)) for name in layers}
+    assert diagnose.layers_to_draw([stored], [Path("a")], None) == [drawn]
+
+
 def test_a_peft_folder(diagnose: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import peft
 
@@ -226,8 +241,8 @@ def test_a_run_is_measured_on_features(
     )
     assert (run / "redundancy.png").is_file()
     ((heading, rows_drawn, _),) = drawn
-    layer = list(recorded["after"])[-1]
-    assert heading == f"Redundancy on features (validation pairs): {layer}"
+    layer = "text.bert.encoder.layer.5.attention.self.query.q"  # the value comes after it
+    assert layer in recorded["after"] and heading == f"Redundancy on features (validation pairs): {layer}"
     assert rows_drawn == [
         [("after the first stage", recorded["before"][layer]), ("at the end", recorded["after"][layer])]
     ]
@@ -306,4 +321,4 @@ def test_as_it_is_launched(tmp_path: Path, diagnose: ModuleType, capsys: pytest.
     with pytest.raises(SystemExit, match="0"):
         diagnose.parse(["--help"])
     examples = re.findall(r"^ *python scripts/diagnose\.py ", capsys.readouterr().out, re.MULTILINE)
-    assert len(examples) == 2
+    assert len(examples) == 3
