@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, cast
+from functools import lru_cache
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from regularizers.layers import LowRankLayer, Record, low_rank_layers
-from regularizers.padding import Masks, attention_masks, mask_of
+from regularizers.padding import Padding, watch_padding
+from regularizers.reentrant import in_reentrant_checkpoint
 from regularizers.subspaces import Captured, Subspaces
 
 
@@ -29,16 +31,19 @@ def capture(
     this suite and `peft.PeftModel` work alike; of PEFT's adapters those take part that are switched on. A layer that
     runs several times in the context adds up its samples. Under DDP each process sees the samples of its own batch.
 
-    Samples are tokens, pixels or frames. A padding token is none: the 2-D `attention_mask` (batch, length) of the
-    innermost module around the layer that takes one is found (`encoder_attention_mask` where only that has the length
-    of the layer's input), and the positions where it is zero are left out. What is called without one has no padding.
+    Samples are tokens, pixels or frames. A padding token is none. It is known by a 2-D argument of the innermost module
+    around the layer that takes one: `attention_mask` (batch, length), zero at padding (`encoder_attention_mask` where
+    only that has the length of the layer's input), or torch's `src_`, `tgt_`, `memory_` and `key_padding_mask`, True at
+    padding. In a text tower of open_clip, what comes after the end of a text is padding. What is called without any of
+    these has none.
 
     The model is recorded in whatever mode it is, so open a context in training steps alone: in evaluation, as outside
-    of a context, nothing is computed or kept then. The plug-ins do so.
+    of a context, nothing is computed or kept then. The plug-ins do so. Where a layer runs with a graph and, under the
+    caller's `no_grad`, without (a teacher's pass), the samples of the latter are left out.
 
     Close the context before `backward`, so that gradient checkpointing does not record its second forward pass. Under
-    checkpointing in the reentrant mode, add the penalty to the loss instead of calling its `backward` alone: its
-    gradient reaches the layer with that of the loss.
+    checkpointing in the reentrant mode, call `backward` before the next capture, and add the penalty to the loss
+    instead of calling its `backward` alone: its gradient reaches the layer with that of the loss.
 
     Args:
         model: holds low-rank layers; may be wrapped in DistributedDataParallel.
@@ -52,15 +57,21 @@ def capture(
         ("q") of this suite's adapters, and the adapter's name ("default") for PEFT's.
 
     Raises:
-        ValueError: if the model holds no layer to capture, or is compiled; if a mask's positions cannot be matched with
-            a layer's.
-        RuntimeError: inside another capture of the same model, where its adapter is one of this suite.
+        ValueError: if the model holds no layer to capture, is compiled or has its parameters sharded; if a mask's
+            positions cannot be matched with a layer's.
+        RuntimeError: inside another capture of the same model, where its adapter is one of this suite; before the
+            backward pass of an earlier capture under reentrant checkpointing.
     """
     captured = Captured(on, samples)
     model = _plain(model)
     found = low_rank_layers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no low-rank layer: inject an adapter such as LoRA first")
+    for name in found:
+        for own, parameter in model.get_submodule(name).named_parameters():
+            if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor":
+                kind = "partitioned by DeepSpeed's ZeRO-3" if hasattr(parameter, "ds_id") else "a DTensor"
+                _refuse_shards(f"{name}.{own}", kind)
     pattern = layer_pattern(layers)
     chosen = {name: [role for role in layer.roles if pattern.search(f"{name}.{role}")] for name, layer in found.items()}
     if layers is not None and not any(chosen.values()):
@@ -74,16 +85,19 @@ def capture(
         yield captured
         return
     recordings: list[_Recording] = []
-    with attention_masks(model, found) as masks, ExitStack() as stack:
+    with watch_padding(model, [name for name, roles in chosen.items() if roles]) as padding, ExitStack() as stack:
         for name, roles in chosen.items():
             if roles:
-                record = _recorder(recordings, name, found[name], masks, torch.is_grad_enabled())
+                record = _recorder(recordings, name, found[name], padding)
                 stack.enter_context(found[name].listen(record, roles))
         captured.open = True
         stack.callback(captured.close)
         yield captured
+    with_graph = {(recording.layer, recording.role) for recording in recordings if recording.has_graph}
     for recording in recordings:
-        if recording.without_graph:
+        if not recording.has_graph and (recording.layer, recording.role) in with_graph:
+            continue
+        if recording.repeated:
             found[recording.layer].replay(recording.role, recording.activations)
         activations = recording.samples(samples)
         key = f"{recording.layer}.{recording.role}"
@@ -102,14 +116,18 @@ class _Recording(NamedTuple):
     shape: torch.Size
     scale: float
     mask: Tensor | None
-    without_graph: bool
+    """True at real tokens; None if all are."""
+    has_graph: bool
+    """Or will have one: see `repeated`."""
+    repeated: bool
+    """In the backward pass, by reentrant gradient checkpointing (see `regularizers.reentrant`)."""
 
     def samples(self, kind: str) -> Tensor:
         """(N, r): one row for each real token, or for each item its mean over them."""
         activations = self.activations if self.scale == 1.0 else self.activations * self.scale
         if kind == "tokens" or len(self.shape) < 2:
             rows = activations.reshape(-1, activations.shape[-1])
-            return rows if self.mask is None else rows[self.mask.reshape(-1).bool()]
+            return rows if self.mask is None else rows[self.mask.reshape(-1)]
         items = activations.reshape(*self.shape, -1)
         if self.mask is None:
             return items.flatten(1, -2).mean(dim=1)
@@ -134,6 +152,8 @@ def _plain(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = cast(nn.Module, model.module)
     for name, module in model.named_modules():
+        if (wrapper := _sharding(module.__class__)) is not None:
+            _refuse_shards(name or type(module).__name__, f"wrapped by {wrapper}")
         own = vars(module)
         compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
         if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
@@ -145,22 +165,39 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _recorder(
-    recordings: list[_Recording], name: str, layer: LowRankLayer, masks: list[Masks], grad_enabled: bool
-) -> Record:
+@lru_cache(maxsize=512)
+def _sharding(module: type[nn.Module]) -> str | None:
+    """The class that makes modules of this one shard their parameters, of FSDP 1 or 2. By name: the import is slow."""
+    names = (base.__name__ for base in module.__mro__)
+    return next((name for name in names if name in ("FSDPModule", "FullyShardedDataParallel")), None)
+
+
+def _refuse_shards(what: str, kind: str) -> NoReturn:
+    raise ValueError(
+        f"{what} is {kind}: capture does not work with parameters that are sharded over processes, for a layer's basis "
+        "is gone after its forward pass. Use DistributedDataParallel, ZeRO-1 or ZeRO-2"
+    )
+
+
+def _recorder(recordings: list[_Recording], name: str, layer: LowRankLayer, padding: Padding) -> Record:
+    grad_wanted = torch.is_grad_enabled()
+
     def record(role: str, activations: Tensor, basis: Tensor, shape: torch.Size, scale: float = 1.0) -> None:
-        mask = mask_of(name, shape, masks)
-        # Reentrant gradient checkpointing: this pass has no graph, the one in the backward pass will (see `Replay`).
-        without_graph = grad_enabled and not torch.is_grad_enabled()
-        if without_graph:
-            if any((earlier.layer, earlier.role) == (name, role) for earlier in recordings):
+        mask = padding.mask_of(name, shape)
+        has_graph = torch.is_grad_enabled()
+        repeated = grad_wanted and not has_graph and in_reentrant_checkpoint()
+        if repeated:
+            if any((earlier.layer, earlier.role) == (name, role) and earlier.has_graph for earlier in recordings):
                 raise ValueError(
                     f"{name} ran twice under reentrant gradient checkpointing, and which pass is repeated first is not "
-                    "known; use the other mode, gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    "known; use the other mode, gradient_checkpointing_kwargs={'use_reentrant': False}, and run passes "
+                    "that need no gradient (a teacher's) outside of the context"
                 )
             activations = activations.detach().requires_grad_()
             with torch.enable_grad():
                 _, basis = layer.weight_subspaces(role)
-        recordings.append(_Recording(name, role, activations, basis, shape, scale, mask, without_graph))
+        recordings.append(
+            _Recording(name, role, activations, basis, shape, scale, mask, has_graph or repeated, repeated)
+        )
 
     return record

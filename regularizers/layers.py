@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.module_tracker import ModuleTracker
+from torch.utils.hooks import RemovableHandle
 
-AUTOGRAD = ModuleTracker()  # only asked whether a backward pass is running, `is_bw`; it tracks nothing unless entered
+from regularizers.reentrant import Replay
 
 
 class Record(Protocol):
@@ -43,30 +42,6 @@ class LowRankLayer(Protocol):
     def replay(self, role: str, activations: Tensor) -> None:
         """When a forward pass in the backward pass has computed these activations again, add their gradient to it."""
         ...
-
-
-class Replay:
-    """Reentrant gradient checkpointing runs a layer without a graph, and again, with one, in the backward pass.
-
-    A penalty on the activations of the first pass leaves its gradient on them, which are leaves; in the second pass it
-    is added to the gradient of the same activations. Autograd runs what was computed last first, so that the penalty's
-    gradient is there by then. A pass under no_grad of the user's own has no second one: what waits for it must not take
-    the forward pass of a later step for that.
-    """
-
-    def __init__(self, activations: Tensor) -> None:
-        self.first = weakref.ref(activations)  # nothing is held for a backward pass that never comes
-
-    @staticmethod
-    def now() -> bool:
-        """Whether this forward pass may be the second one."""
-        return torch.is_grad_enabled() and bool(AUTOGRAD.is_bw)
-
-    def __call__(self, activations: Tensor) -> None:
-        if (first := self.first()) is not None and activations.requires_grad:
-            activations.register_hook(
-                lambda gradient: gradient if first.grad is None else gradient + first.grad.view_as(gradient)
-            )
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
@@ -104,7 +79,10 @@ class OwnLayer:
 
     @contextmanager
     def listen(self, record: Record, roles: Collection[str]) -> Iterator[None]:
-        if self.module.record is not None and not hasattr(self.module.record, "replays"):
+        if isinstance(self.module.record, _Replays):
+            if self.module.record.waiting():
+                _refuse_before_backward(self.name)
+        elif self.module.record is not None:
             raise RuntimeError(f"{self.name} is being captured already: leave the outer capture(model) first")
 
         def keep(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
@@ -119,19 +97,30 @@ class OwnLayer:
 
     def replay(self, role: str, activations: Tensor) -> None:
         if self.module.record is None:
-            replays: dict[str, Replay] = {}
-
-            def again(role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
-                for gone in [other for other, replay in replays.items() if replay.first() is None]:
-                    del replays[gone]
-                if role in replays and Replay.now():
-                    replays.pop(role)(activations)
-                if not replays:
-                    self.module.record = None
-
-            again.replays = replays  # type: ignore[attr-defined]
-            self.module.record = again
+            self.module.record = _Replays(self.module)
         self.module.record.replays[role] = Replay(activations)
+
+
+class _Replays:
+    """The `record` of a layer of this suite between the passes of a reentrant checkpoint.
+
+    Attributes:
+        replays: by role. The layer computes its activations in sight of autograd where its record has this attribute.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.replays = module, dict[str, Replay]()
+
+    def waiting(self) -> bool:
+        """Whether the second pass of one of them may still come."""
+        self.replays = {role: replay for role, replay in self.replays.items() if not replay.gone}
+        return bool(self.replays)
+
+    def __call__(self, role: str, activations: Tensor, basis: Tensor, shape: torch.Size) -> None:
+        if self.waiting() and role in self.replays and Replay.now():
+            self.replays.pop(role).add_to(activations)
+        if not self.replays:
+            self.module.record = None
 
 
 class PeftLayer:
@@ -177,6 +166,9 @@ class PeftLayer:
 
         for role in roles:
             self._check(role)
+            hooks = self.module.lora_A[role]._forward_hooks.values()
+            if any(isinstance(waits, _ReplayHook) and not waits.replay.gone for waits in hooks):
+                _refuse_before_backward(self.name)
         handles = [self.module.lora_A[role].register_forward_hook(hook(role)) for role in roles]
         try:
             yield
@@ -185,11 +177,27 @@ class PeftLayer:
                 handle.remove()
 
     def replay(self, role: str, activations: Tensor) -> None:
-        replay = Replay(activations)
+        hook = _ReplayHook(Replay(activations))
+        hook.handle = self.module.lora_A[role].register_forward_hook(hook)
 
-        def again(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if Replay.now() or replay.first() is None:  # gone: the backward pass never came
-                handle.remove()
-                replay(output)
 
-        handle = self.module.lora_A[role].register_forward_hook(again)
+class _ReplayHook:
+    """A hook on a `lora_A` between the passes of a reentrant checkpoint."""
+
+    handle: RemovableHandle
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if Replay.now() or self.replay.gone:
+            self.handle.remove()
+            self.replay.add_to(output)
+
+
+def _refuse_before_backward(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} was captured under reentrant gradient checkpointing, and the backward pass of that penalty has not "
+        "come yet: call backward, or drop the loss, before the next capture(model); or use the other mode, "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}"
+    )
