@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adapters import ADAPTERS, inject, load, save
-from adapters.extend import Extension
 
 
 def test_the_table_names_every_adapter() -> None:
@@ -35,7 +34,6 @@ def test_the_table_names_every_adapter() -> None:
 
 def test_every_backbone_is_in_the_table() -> None:
     assert {name for names in ARCHITECTURES.values() for name in names} == set(BACKBONES)
-    assert Extension.added == ()
 
 
 @pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, cell in CELLS if cell != "yes"])

@@ -28,9 +28,14 @@ def test_subspaces_are_captured_with_their_gradient(method: str, backbone: str) 
     model = trained(method, backbone).train()
     with capture(model) as subspaces:
         model(*inputs(backbone))
-    assert subspaces
-    sum(s.activations.square().sum() + s.basis.square().sum() for s in subspaces.values()).backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert set(subspaces) == subspaces_of(model)
+    for name, pair in subspaces.items():
+        layer, _, role = name.rpartition(".")
+        branch = tuple(model.get_submodule(layer).branches[role].parameters())
+        for part in (pair.activations, pair.basis):
+            assert part.requires_grad, name
+            gradients = torch.autograd.grad(part.square().sum(), branch, retain_graph=True, allow_unused=True)
+            assert any(gradient is not None and gradient.any() for gradient in gradients), name
     for module in model.modules():
         assert getattr(module, "record", None) is None
 
