@@ -30,7 +30,7 @@ import torch
 import yaml
 from mistakes import mistakes_in_one_line
 
-from adapters import load, stored_subspaces
+from adapters import stored_subspaces
 from adapters.peft_folder import PEFT_CONFIG
 from adapters.stored import StoredSubspaces
 from eval.diagnosis import csv_of, diagnose, render_diagnosis
@@ -38,8 +38,9 @@ from eval.figures import LIGHT, Matrix, redundancy_figure, to_png
 from eval.redundancy import common_prefix
 from regularizers import Subspaces, redundancy
 from regularizers.diagnostics import mean_off_diagonal
+from training.run import WEIGHTS as ADAPTER
+from training.run import Unrestorable
 
-ADAPTER = "adapter.safetensors"
 WEIGHTS = "weights"
 COLUMNS = 3  # of heat maps of one adapter
 QUERY = re.compile(r"(^|[._])q(uery)?(_proj)?$")  # our role; the layers that PEFT adapts
@@ -47,10 +48,6 @@ EXPECTED = (
     f"expected an adapter file of this suite (.safetensors), a folder that PEFT saved ({PEFT_CONFIG} and "
     f"adapter_model.safetensors) or the folder of a finished run (config.yaml, run.json, {ADAPTER})"
 )
-
-
-class OtherVersion(Exception):
-    """A run's configuration lacks a setting that this version needs."""
 
 
 class Measured(NamedTuple):
@@ -172,7 +169,7 @@ def measure(paths: Sequence[Path], stored: Sequence[StoredSubspaces]) -> list[Me
     if len(runs) == len(paths):
         try:
             return [on_features(path, list(file)) for path, file in zip(paths, stored, strict=True)]
-        except (FileNotFoundError, ConnectionError, ImportError, OtherVersion) as error:
+        except (FileNotFoundError, ConnectionError, ImportError, Unrestorable) as error:
             print(f"note: on weights, because the run cannot be put together again here ({error})")
             for path in runs:
                 print_recorded(path)
@@ -187,17 +184,15 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
 
     Raises:
         FileNotFoundError, ConnectionError, ImportError: if data or encoders are not here.
-        OtherVersion: if the configuration lacks a setting of today.
+        Unrestorable: if another version wrote its configuration, or the data are others.
         ValueError: for data that no task knows.
     """
     # Imported where a run is named: the tasks take ten seconds that a table on weights does not need.
-    from classification.assemble import assemble
+    from classification.assemble import restore as restore_classifier
     from classification.data import DATASETS as CLASSIFICATION
-    from classification.experiment import Experiment as ClassificationExperiment
     from classification.train import probe as probe_images
     from retrieval.assemble import restore
     from retrieval.data import DATASETS as RETRIEVAL
-    from retrieval.experiment import Experiment as RetrievalExperiment
     from retrieval.train import probe
 
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -206,16 +201,11 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
     name = (config.get("data") or {}).get("name") if isinstance(config, dict) else None
     if name not in {**RETRIEVAL, **CLASSIFICATION}:
         raise ValueError(f"{run} has data={name}, which no task here knows; for weights, name {run / ADAPTER}")
-    try:
-        experiment = (RetrievalExperiment if name in RETRIEVAL else ClassificationExperiment).of(config)
-    except KeyError as error:
-        raise OtherVersion(f"its config.yaml lacks {error}, so another version wrote it") from None
-    if isinstance(experiment, RetrievalExperiment):
+    if name in RETRIEVAL:
         splits, model, captions = restore(run)
         on, captured = "validation pairs", probe(model, splits["validation"], captions["validation"])
     else:
-        _, images, classifier = assemble(experiment)
-        load(classifier, run / ADAPTER)
+        _, images, classifier = restore_classifier(run)
         on = f"{'validation' if len(images['validation']) else 'training'} images"
         captured = probe_images(classifier, images)
     return Measured(f"features ({on})", {layer: captured[layer] for layer in layers})

@@ -265,7 +265,7 @@ def test_a_run_without_its_data_is_measured_on_weights(
     del config["adapter"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     diagnose.main(diagnose.parse([str(tmp_path)]))
-    assert "(its config.yaml lacks 'adapter', so another version wrote it)" in capsys.readouterr().out
+    assert "(the configuration lacks 'adapter': another version of the suite wrote it)" in capsys.readouterr().out
 
     both = [str(tmp_path), str(run / "adapter.safetensors"), "--output", str(tmp_path / "x.png")]
     diagnose.main(diagnose.parse(both))
