@@ -32,32 +32,41 @@ def narrow(block: nn.Module, reduction: int, residual: Tensor) -> nn.Module:
     On the meta device there is nothing to compare; the shapes are the same.
     """
     side, width = copy.deepcopy(block), len(residual) * reduction
-    sites = {site.role: site for site in find_sites(side, ROLES)}
-    heads = number_of_heads(side)
+    maps = _cut_maps(side, width, reduction, residual)
+    for module in side.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in maps:
+                smaller = maps[parameter]
+            elif parameter.shape == (width,):  # of a norm or a layer scale
+                smaller = parameter[residual]
+            else:
+                raise ValueError(f"lst cannot cut a block's {type(module).__name__}.{name} {tuple(parameter.shape)}")
+            setattr(module, name, nn.Parameter(smaller.detach().clone()))
+        _resize(module, reduction)
+    return side
+
+
+def _cut_maps(block: nn.Module, width: int, reduction: int, residual: Tensor) -> dict[nn.Parameter, Tensor]:
+    """The weight and the bias of each linear map in a block -> what is kept of them, see `narrow`."""
+    sites = {site.role: site for site in find_sites(block, ROLES)}
+    heads = number_of_heads(block)
     of_heads = (heads, width // heads)
     qk = strongest((rows(sites["q"]) + rows(sites["k"])).view(of_heads), of_heads[1] // reduction)
     vo = strongest((rows(sites["v"]) + columns(sites["o"])).view(of_heads), of_heads[1] // reduction)
     hidden = rows(sites["fc1"]) + columns(sites["fc2"])
     units = strongest(hidden[None], len(hidden) // reduction)
-    outputs = {"q": qk, "k": qk, "v": vo, "o": residual, "fc1": units, "fc2": residual}
-    inputs = {"o": vo, "fc2": units}  # of the others: the residual stream
+    written = {"q": qk, "k": qk, "v": vo, "o": residual, "fc1": units, "fc2": residual}
+    read = {"q": residual, "k": residual, "v": residual, "o": vo, "fc1": residual, "fc2": units}
 
     cut: dict[nn.Parameter, Tensor] = {}
-    for site in sites.values():
-        fused = [other for other in sites.values() if other.module is site.module]
-        kept = torch.cat([other.start + outputs[other.role] for other in fused])
-        for name, parameter in site.module.named_parameters(recurse=False):
-            cut[parameter] = parameter[kept]
-            if name.endswith("weight"):
-                cut[parameter] = cut[parameter][:, inputs.get(site.role, residual)]
-    for module in side.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in cut and parameter.shape != (width,):
-                raise ValueError(f"lst cannot cut a block's {type(module).__name__}.{name} {tuple(parameter.shape)}")
-            smaller = cut[parameter] if parameter in cut else parameter[residual]
-            setattr(module, name, nn.Parameter(smaller.detach().clone()))
-        _resize(module, reduction)
-    return side
+    for module in {site.module: None for site in sites.values()}:
+        # Its roles, in the order of their rows, which are all that it has; those of a fused map read the same columns.
+        roles = [role for role, site in sites.items() if site.module is module]
+        kept_rows = torch.cat([sites[role].start + written[role] for role in roles])
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = parameter[kept_rows]
+            cut[parameter] = kept[:, read[roles[0]]] if name.endswith("weight") else kept
+    return cut
 
 
 def _resize(module: Any, reduction: int) -> None:
