@@ -6,6 +6,7 @@ What an adapter of this suite brings to its training itself (AdaLoRA: a penalty 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters import after_step, loss_parts
-from regularizers import ReSoRA, Subspaces
+from regularizers import Captured, ReSoRA, Subspaces
 
 
 class _Noted(NamedTuple):
@@ -45,6 +46,7 @@ class ReSoRAMixin:
         super().__init__(*args, **kwargs)
         self.regularizer = regularizer
         self._noted: dict[str, _Noted] = {}
+        self._has_penalised = False
         self.add_callback(_FollowSchedule(later_stage))
 
     part_prefix = ""
@@ -67,15 +69,14 @@ class ReSoRAMixin:
     ) -> Any:
         """The trainer's loss plus, in training, the penalties."""
         base: Any = super()
+        if num_items_in_batch is not None:  # which not every trainer takes
+            kwargs["num_items_in_batch"] = num_items_in_batch
         if not model.training:
-            return base.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        subspaces: Mapping[str, Subspaces] = {}
-        if self.regularizer is None:
-            result = base.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-            loss, outputs = result if return_outputs else (result, None)
-        else:
-            with self.regularizer.capture(model) as subspaces:  # left before backward, see `capture`
-                loss, outputs = base.compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
+            return base.compute_loss(model, inputs, return_outputs, **kwargs)
+        captured = nullcontext(Captured()) if self.regularizer is None else self.regularizer.capture(model)
+        with captured as subspaces:  # left before backward, see `capture`
+            result = base.compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = result if return_outputs else (result, None)
         loss = self.penalised(loss, model, subspaces, scaled=self._loss_is_scaled(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
 
@@ -93,6 +94,7 @@ class ReSoRAMixin:
         parts = loss_parts(self.accelerator.unwrap_model(model))
         if self.regularizer is not None:
             parts = parts | self.regularizer(subspaces)
+            self._has_penalised = True
         if not parts:
             return loss
         self.note(parts)
@@ -115,8 +117,19 @@ class ReSoRAMixin:
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the trainer does, with the mean of each noted part of the loss since the last time."""
+        """Log as the trainer does, with the mean of each noted part of the loss since the last time.
+
+        Raises:
+            RuntimeError: if a loss of training is logged, and the regularizer's penalty was never part of one.
+        """
         if "loss" in logs:
+            if self.regularizer is not None and not self._has_penalised:
+                raise RuntimeError(
+                    f"{type(self).__name__} has trained without {self.regularizer}: its training_step never called "
+                    "compute_loss with the model in training mode. Add the penalty there: `with regularizer.capture"
+                    "(model) as subspaces:` around the forward pass, then `loss = self.penalised(loss, model, "
+                    "subspaces)`"
+                )
             logs |= {self.part_prefix + name: float(p.total) / p.batches for name, p in self._noted.items()}
             self._noted = {}
         base: Any = super()

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from adapters import AdaLoRA, inject
 from regularizers import ReSoRA
-from training import ReSoRATrainer
+from training import ReSoRAMixin, ReSoRATrainer
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -115,6 +115,42 @@ def test_the_optimizer_gets_the_gradient_of_loss_plus_penalty_over_accumulated_b
     trainer.train()
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class OwnLoss(Trainer):
+    """As TRL's trainers of policies: it has no outputs to return, and does not know the number of items."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False) -> Tensor:  # type: ignore[override]
+        if return_outputs:
+            raise ValueError("this trainer does not support returning outputs")
+        return model(**inputs).loss
+
+
+class OwnStep(Trainer):
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = model.train()(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_trainer_that_returns_no_outputs_is_penalised(tmp_path: Path) -> None:
+    class Mine(ReSoRAMixin, OwnLoss): ...
+
+    model, batch = peft_model().train(), {k: torch.stack([x[k] for x in dataset(4)]) for k in dataset(1)[0]}
+    resora = ReSoRA("linear", weight=0.5)
+    with resora.capture(model) as subspaces:
+        plain = model(**batch).loss
+    found = Mine(model=model, args=arguments(tmp_path), regularizer=resora).compute_loss(model, dict(batch))
+    torch.testing.assert_close(found, plain + resora(subspaces)["resora_linear"])
+
+
+def test_a_training_that_never_adds_the_penalty_is_stopped(tmp_path: Path) -> None:
+    class Mine(ReSoRAMixin, OwnStep): ...
+
+    data = {"args": arguments(tmp_path, num_train_epochs=1), "train_dataset": dataset()}
+    with pytest.raises(RuntimeError, match=r"Mine has trained without ReSoRA\('linear', weight=0.01\)"):
+        Mine(model=peft_model(), regularizer=ReSoRA("linear"), **data).train()
+    Mine(model=peft_model(), **data).train()
 
 
 def test_evaluation_has_no_penalty(tmp_path: Path) -> None:
