@@ -19,7 +19,16 @@ from eval import chance_accuracy
 from regularizers import Subspaces
 from training import RunFolder, run_stages
 from training.hardware import check_devices
-from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
+from training.record import (
+    PROBE,
+    PROBED_AT_ONCE,
+    clock,
+    describe,
+    hardware_for,
+    heat_maps,
+    record_redundancy,
+    subspaces_on,
+)
 from training.run import WEIGHTS, is_first_process
 from training.stages import check_items
 
@@ -57,10 +66,12 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run.begin(config)
     if experiment.start_from:
         run.adopt_stage(first_stage, experiment.start_from)
-    hardware = describe(
+    hardware = hardware_for(run, experiment)
+    describe(
         run,
         experiment,
         model,
+        hardware,
         data={
             "fingerprint": data_fingerprint,
             "images": {name: len(split) for name, split in splits.items()},

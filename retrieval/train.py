@@ -24,7 +24,16 @@ from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
 from training import RunFolder, run_stages
 from training.hardware import check_devices
-from training.record import PROBE, PROBED_AT_ONCE, clock, describe, heat_maps, record_redundancy, subspaces_on
+from training.record import (
+    PROBE,
+    PROBED_AT_ONCE,
+    clock,
+    describe,
+    hardware_for,
+    heat_maps,
+    record_redundancy,
+    subspaces_on,
+)
 from training.run import WEIGHTS, is_first_process
 from training.stages import check_items
 
@@ -73,10 +82,12 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     if experiment.start_from:
         run.adopt_stage(first_stage, experiment.start_from)
     as_prior_work = experiment.data_options.get("validation") == "test"
-    hardware = describe(
+    hardware = hardware_for(run, experiment)
+    describe(
         run,
         experiment,
         model,
+        hardware,
         data={
             "fingerprint": data_fingerprint,
             "images": {name: len(data) for name, data in splits.items()},

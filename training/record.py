@@ -22,28 +22,8 @@ PROBE = 128  # validation items on which redundancy is measured
 PROBED_AT_ONCE = 32
 
 
-def describe(
-    run: RunFolder,
-    experiment: BaseExperiment,
-    model: nn.Module,
-    *,
-    data: Mapping[str, Any],
-    preprocessing: str,
-    metric: str,
-    selected_on: str = "validation",
-    frozen_elsewhere: int = 0,
-) -> Hardware:
-    """Write run.json, unless an earlier launch of the same run did; return the hardware choice that it holds.
-
-    Args:
-        run: its folder.
-        experiment: what was asked for.
-        model: with its adapter in it.
-        data: the fingerprint of the data and the sizes of the splits.
-        preprocessing: how files became what the model takes.
-        metric: what "validation" selection maximises, for people.
-        selected_on: what it is evaluated on, for people: the validation split, unless that is not one of its own.
-        frozen_elsewhere: parameters of the backbone that `model` does not hold because their outputs are cached.
+def hardware_for(run: RunFolder, experiment: BaseExperiment) -> Hardware:
+    """What an earlier launch of the run computed with, or else what is asked for, or is the fastest here (measured).
 
     Raises:
         ValueError: an earlier launch had another number of processes, and with it another batch.
@@ -54,32 +34,61 @@ def describe(
             f"{run.path} was begun with {before} processes and would go on with {process_count()}, that is, with other "
             f"batches; launch it with `torchrun --nproc_per_node {before}` (python for 1), or in another runs=FOLDER"
         )
-    if "threads" not in described:
-        hardware = choose_hardware(experiment.threads, experiment.precision)
-        of_adapter = adapter_parameter_names(model)
-        described |= environment() | {
-            "seed": experiment.seed,
-            "device": device_name(),
-            "processes": process_count(),
-            "batch_size": experiment.recipe.batch_size * process_count(),
-            "threads": hardware.threads,
-            "precision": hardware.precision,
-            "model": experiment.model["name"],
-            "adapter": str(experiment.adapter),
-            "regularizer": str(experiment.regularizer or "none"),
-            "selection": {
-                "last": "the last epoch of each stage",
-                "validation": f"the epoch of each stage with the best {metric} on {selected_on}",
-            }[experiment.recipe.selection],
-            "preprocessing": preprocessing,
-            "data": {"name": experiment.data, **data},
-            "trained_parameters": trainable_parameters(model),
-            "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if name in of_adapter),
-            "total_parameters": sum(p.numel() for p in model.parameters()) + frozen_elsewhere,
-        }
-        if is_first_process():
-            run.write_json("run.json", described)
-    return Hardware(described["threads"], described["precision"])
+    if "threads" in described:
+        return Hardware(described["threads"], described["precision"])
+    return choose_hardware(experiment.threads, experiment.precision)
+
+
+def describe(
+    run: RunFolder,
+    experiment: BaseExperiment,
+    model: nn.Module,
+    hardware: Hardware,
+    *,
+    data: Mapping[str, Any],
+    preprocessing: str,
+    metric: str,
+    selected_on: str = "validation",
+    frozen_elsewhere: int = 0,
+) -> None:
+    """Write run.json, unless an earlier launch of the same run did.
+
+    Args:
+        run: its folder.
+        experiment: what was asked for.
+        model: with its adapter in it.
+        hardware: as of `hardware_for`.
+        data: the fingerprint of the data and the sizes of the splits.
+        preprocessing: how files became what the model takes.
+        metric: what "validation" selection maximises, for people.
+        selected_on: what it is evaluated on, for people: the validation split, unless that is not one of its own.
+        frozen_elsewhere: parameters of the backbone that `model` does not hold because their outputs are cached.
+    """
+    described = run.read_json("run.json") or {}
+    if "threads" in described or not is_first_process():
+        return
+    of_adapter = adapter_parameter_names(model)
+    described |= environment() | {
+        "seed": experiment.seed,
+        "device": device_name(),
+        "processes": process_count(),
+        "batch_size": experiment.recipe.batch_size * process_count(),
+        "threads": hardware.threads,
+        "precision": hardware.precision,
+        "model": experiment.model["name"],
+        "adapter": str(experiment.adapter),
+        "regularizer": str(experiment.regularizer or "none"),
+        "selection": {
+            "last": "the last epoch of each stage",
+            "validation": f"the epoch of each stage with the best {metric} on {selected_on}",
+        }[experiment.recipe.selection],
+        "preprocessing": preprocessing,
+        "data": {"name": experiment.data, **data},
+        "trained_parameters": trainable_parameters(model),
+        "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if name in of_adapter),
+        "total_parameters": sum(p.numel() for p in model.parameters()) + frozen_elsewhere,
+    }
+    run.write_json("run.json", described)
 
 
 class Clock:

@@ -14,7 +14,7 @@ from adapters import Full, LoRA, inject
 from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_hardware
 from training.hardware import compute_device, device_name
 from training.optimizers import parameter_groups
-from training.record import clock, describe
+from training.record import clock, hardware_for
 from training.run import Unrestorable
 from training.trainer import latest_checkpoint
 
@@ -140,9 +140,9 @@ def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pyt
     run, nothing = RunFolder(tmp_path), cast(Any, None)
     run.write_json("run.json", {"processes": 2, "threads": 3, "precision": "float32"})
     with pytest.raises(ValueError, match=r"begun with 2 processes .* with 1, .*torchrun --nproc_per_node 2"):
-        describe(run, nothing, nothing, data={}, preprocessing="", metric="")
+        hardware_for(run, nothing)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert describe(run, nothing, nothing, data={}, preprocessing="", metric="") == Hardware(3, "float32")
+    assert hardware_for(run, nothing) == Hardware(3, "float32")
 
 
 def test_several_processes_do_not_time_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
