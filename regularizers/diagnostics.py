@@ -1,4 +1,4 @@
-"""How redundant a trained adapter is: the heat map of the paper's Figure 1a, and numbers that sum it up."""
+"""How redundant a trained adapter is: a heat map as in the paper's Figure 1a, and numbers that sum it up."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DEAD = 0.01  # of the largest subspace of the layer
 def redundancy(subspaces: Subspaces) -> Tensor:
     """The redundancy of each two subspaces, |cos(s_i, s_j)| over the samples: (r, r) in [0, 1], 1 on the diagonal.
 
-    It is the square root of the term that Eq. 7 sums. A subspace that is zero on every sample has zero redundancy,
-    also with itself.
+    The paper prints no formula for its Figure 1a. This is our reading, the square root of the term that Eq. 7 sums. A
+    subspace that is zero on every sample has zero redundancy, also with itself.
     """
     return cosines(subspaces.activations).abs().clamp(max=1.0)
 

@@ -24,9 +24,10 @@ def nonlinear(activations: Tensor, basis: Tensor | None = None, *, sigma_fractio
 
     in [0, r (r - 1) / 2], with :math:`K_i(p, q) = \exp(-\|\Delta h_i^p - \Delta h_i^q\|^2 / (2 \sigma_i^2))` and the
     centring matrix M. The bandwidth :math:`\sigma_i` is a fraction of the median distance of two samples of that
-    subspace (the lower median, as torch's), so the length of the basis vector cancels: the kernel is a one-dimensional
-    Gaussian of the activations, whatever their scale, and is defined at B = 0. A subspace in which half of the pairs
-    coincide has no bandwidth; its pairs count zero.
+    subspace (the lower median, as torch's). Eq. 8 prints one :math:`\sigma`, without an index; a bandwidth for each
+    kernel is as in Kornblith et al. (ICML 2019). So the length of the basis vector cancels: the kernel is a
+    one-dimensional Gaussian of the activations, whatever their scale, and is defined at B = 0. A subspace in which half
+    of the pairs coincide has no bandwidth; its pairs count zero.
 
     No N x N kernel is built. A Gaussian is the product of two Gaussian bumps, summed over their centres on a grid,
 

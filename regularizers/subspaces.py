@@ -12,7 +12,7 @@ class Subspaces(NamedTuple):
     """The r rank-1 parts of one low-rank update on N samples: delta[n] = sum_i activations[n, i] basis[i] (Eq. 4)."""
 
     activations: Tensor
-    """(N, r), with the adapter's scale folded in."""
+    """(N, r), with the adapter's scale folded in and, in training, after its dropout."""
     basis: Tensor
     """(r, d_out)."""
 
