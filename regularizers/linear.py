@@ -12,7 +12,7 @@ def linear(
 ) -> Tensor:
     r"""How much r subspaces overlap on N samples: :math:`\sum_{i<j} \cos^2(s_i, s_j)`, in [0, r (r - 1) / 2].
 
-    Eq. 7 compares the feature matrices :math:`\Delta H_i = b_i s_i^T` of rank 1. They are d_out x N, since their columns
+    Eq. 7 compares the feature matrices :math:`\Delta H_i = b_i s_i^T` of rank 1. They are d_out x N, as their columns
     are the :math:`\Delta h_i` of Eq. 4; the printed d_in x N is a misprint. In
 
     .. math:: \|\Delta H_i \Delta H_j^T\|_F^2 / (\|\Delta H_i \Delta H_i^T\|_F \|\Delta H_j \Delta H_j^T\|_F)
