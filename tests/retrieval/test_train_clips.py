@@ -51,7 +51,7 @@ def config(root: Path, runs: Path, *more: str) -> dict[str, Any]:
     [
         ("model.head=seqLSTM", "trainer.chunk_size=4"),
         ("model.head=tightTransf",),
-        ("model.head=seqTransf", "trainer=msrvtt", "trainer.workers=0", "loss=triplet"),
+        ("model.head=seqTransf", "trainer=msrvtt", "trainer.restart=false", "trainer.workers=0", "loss=triplet"),
     ],
     ids=lambda more: more[0],
 )

@@ -20,6 +20,7 @@ from adapters import ADAPTERS, inject
 from retrieval.clip4clip import CLIP4Clip
 from retrieval.experiment import Experiment
 from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
+from training import RunFolder
 
 # Parameters (M), R@1 (I-T, T-I, or T-V, V-T), Rsum of the paper's Table 1; the last row prints gains over LoRA.
 PUBLISHED = {
@@ -63,10 +64,30 @@ def test_a_row(path: Path) -> None:
     name = {"prompt": {"flickr30k": "prefix", "msrvtt": "vpt"}, "fact": {column: "fact_tt"}}
     assert experiment.adapter.name == name.get(row, {}).get(column, row.removesuffix("_resora"))
     assert experiment.adapter.name in ADAPTERS
-    epochs = [stage.epochs for stage in experiment.recipe.stages]
-    one_optimizer = len(epochs) == 1 or not experiment.recipe.restart  # through all epochs, as published
-    assert sum(epochs) == {"flickr30k": 25, "msrvtt": 5}[column]
-    assert one_optimizer == (path.stem != "flickr30k_lora_resora")
+    epochs = {"flickr30k": 25, "msrvtt": 5}[column]
+    assert [stage.epochs for stage in experiment.recipe.stages] == [epochs] * (1 + (row == "lora_resora"))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_resora_comes_in_a_second_stage_like_the_first(column: str, tmp_path: Path) -> None:
+    """Paper, section 4.2: stage one is the row without; stage two has as many epochs. Each has its schedule."""
+    plain, config = (compose("train_retrieval", [f"table1={column}_{row}"]) for row in ("lora", "lora_resora"))
+    experiment = Experiment.of(config)
+    first, second = experiment.recipe.stages
+    assert Experiment.of(plain).recipe.stages == (first,)
+    assert not first.regularize and second.regularize and second.epochs == first.epochs
+    assert experiment.recipe.restart  # tests/training/test_schedules.py: the rates of each stage are then the same
+    there = RunFolder(tmp_path)  # a run of the row without ReSoRA: the other may start from it
+    there.begin(plain)
+    there.write_json(f"checkpoints/{first.name}/history.json", [])
+    RunFolder(tmp_path / "other").check_source(first.name, tmp_path, config)
+
+    (command,) = re.findall(
+        r"train_retrieval\.py (table1=.* runs=\S+)", (CONF / f"table1/{column}_lora_resora.yaml").read_text()
+    )
+    control = compose("train_retrieval", command.split())
+    assert control["runs"] != config["runs"] and Experiment.of(control).regularizer is None
+    assert control["trainer"] == config["trainer"]
 
 
 # What trains, in millions, where it is not the published number: the header names it and says why.
