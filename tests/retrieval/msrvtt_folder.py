@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from video_files import CLOSED, encode
+
+from retrieval.data import MSRVTT
 
 TRAIN = [f"video{number}" for number in (3, 1, 0, 2, 7, 5)]
 TEST = ["video7020", "video9975", "video8000"]
 SENTENCES = ["a man playing video games", "null", "a man playing video games"]  # one occurs twice, one looks like none
+SMALL: dict[str, Any] = {"size": 32, "validation": 2, "check_counts": False, "decode_every_epoch": True}
 
 
 def annotate(folder: Path) -> None:
@@ -51,3 +55,7 @@ def write_sound(root: Path) -> None:
         encode(root / "msrvtt" / "videos" / f"{video}.mp4", 50 + 24 * number, options=CLOSED)
     webm = root / "msrvtt" / "videos" / f"{TEST[2]}.webm"
     encode(webm, 40, codec="libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8"})
+
+
+def prepare(root: Path, **options: Any) -> None:
+    MSRVTT.prepare(root, root / "cache", workers=0, **{"size": 32, "check_counts": False, **options})

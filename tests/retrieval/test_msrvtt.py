@@ -6,45 +6,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from msrvtt_folder import SENTENCES, TEST, TRAIN, write_sound
-from video_files import audio_only, numbers
+from msrvtt_folder import SENTENCES, SMALL, TEST, TRAIN, prepare
+from video_files import numbers
 
 from retrieval.batch import Captions, TrainingPairs
 from retrieval.data import MSRVTT, SPLITS
-from retrieval.data.msrvtt_tables import carve_validation, check_count
+from retrieval.data.msrvtt_tables import carve_validation
 from retrieval.video.reading import Reading
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from command_line import compose
-
-SMALL: dict[str, Any] = {"size": 32, "validation": 2, "check_counts": False, "decode_every_epoch": True}
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sound")
-    write_sound(root)
-    return root
-
-
-@pytest.fixture
-def damaged(sound: Path, tmp_path: Path) -> Path:
-    """The same with a training video without pictures, one that is missing, and a test video of no bytes."""
-    root = tmp_path / "damaged"
-    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
-    videos = root / "msrvtt" / "videos"
-    audio_only(videos / f"{TRAIN[0]}.mp4")
-    (videos / f"{TRAIN[4]}.mp4").unlink()
-    (videos / f"{TEST[1]}.mp4").write_bytes(b"")
-    return root
-
-
-def prepare(root: Path, **options: Any) -> None:
-    MSRVTT.prepare(root, root / "cache", workers=0, **{"size": 32, "check_counts": False, **options})
 
 
 def test_splits(sound: Path) -> None:
@@ -92,16 +66,6 @@ def test_lists(sound: Path) -> None:
             MSRVTT(sound, "train", **{**SMALL, **options})
     with pytest.raises(ValueError, match="train, validation, test"):
         MSRVTT(sound, "val", **SMALL)
-
-
-def test_published_counts(sound: Path) -> None:
-    assert check_count("train.9k", (9000, 180_000)) is None
-    assert check_count("train.7k", (7010, 140_200)) is None and check_count("test", (1000, 1000)) is None
-    message = r"6 videos with 120 sentences, published are 9,000 with 180,000.*check_counts=false"
-    with pytest.raises(ValueError, match=message):
-        MSRVTT(sound, "train", size=32, validation=2)
-    with pytest.raises(ValueError, match="3 videos with 3 sentences, published are 1,000 with 1,000"):
-        MSRVTT(sound, "test", size=32)
 
 
 def test_expanded_sentences_are_pairing_by_caption(sound: Path) -> None:
@@ -228,108 +192,3 @@ def test_too_many_are_refused_by_name(damaged: Path) -> None:
         prepare(damaged)
     with pytest.raises(ValueError, match=r"test: 1 of 3 videos .*video9975: the file is empty"):
         MSRVTT(damaged, "test", **SMALL)  # told by the cache that was written all the same
-
-
-def test_without_files_it_says_what_to_get(tmp_path: Path) -> None:
-    for call in (prepare, lambda root: MSRVTT(root, "train"), lambda root: MSRVTT.verify(root)):
-        with pytest.raises(FileNotFoundError) as told:
-            call(tmp_path)
-        for needed in ("MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv", "MSRVTT_data.json", "videos/video0.mp4"):
-            assert needed in str(told.value)
-        assert str(tmp_path / "msrvtt") in str(told.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("MSRVTT_train.9k.csv", "video_id\n../../secret\n", "is no video_id"),
-        ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo1\n", "more than once, video1"),
-        ("MSRVTT_train.9k.csv", "video\nvideo1\n", "expected video_id too"),
-        ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo8000\n", "in MSRVTT_JSFUSION_test.csv too, video8000"),
-        ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo66\n", "no sentence on 1 videos of the list, video66"),
-        ("MSRVTT_data.json", '{"sentence": []}', "is not of the form"),
-        ("MSRVTT_data.json", "[1", "is not of the form"),
-        ("MSRVTT_data.json", "", r"MSRVTT_data\.json is not of the form .*Replace it with the published file"),
-        ("MSRVTT_data.json", "caf\xe9", r"MSRVTT_data\.json is not of the form .*UnicodeDecodeError"),
-        ("MSRVTT_train.9k.csv", "", r"MSRVTT_train\.9k\.csv is no table .*EmptyDataError.*published file"),
-        ("MSRVTT_train.9k.csv", "video_id\ncaf\xe9\n", r"MSRVTT_train\.9k\.csv is no table .*UnicodeDecodeError"),
-        ("MSRVTT_train.9k.csv", 'video_id\n"video1\n', r"MSRVTT_train\.9k\.csv is no table .*ParserError"),
-    ],
-)
-def test_files_of_another_form(sound: Path, tmp_path: Path, file: str, content: str, message: str) -> None:
-    shutil.copytree(sound / "msrvtt", tmp_path / "msrvtt")
-    (tmp_path / "msrvtt" / file).write_text(content, encoding="latin-1")
-    with pytest.raises(ValueError, match=message):
-        MSRVTT(tmp_path, "train", **{**SMALL, "validation": 1})
-
-
-def test_verify_of_sound_files(sound: Path) -> None:
-    result = MSRVTT.verify(sound, workers=0, **SMALL)
-    assert result.problems == [] and result.text().endswith("nothing is wrong")
-    rows = [(each.split, each.items, each.captions, each.published) for each in result.splits]
-    assert rows == [
-        ("train.9k", 6, 120, (9000, 180_000)),
-        ("validation, of these", 2, 2, None),
-        ("test", 3, 3, (1000, 1000)),
-    ]
-    strict = MSRVTT.verify(sound, workers=0, **{**SMALL, "check_counts": True})
-    assert len(strict.problems) == 2 and "published are 9,000" in strict.problems[0]
-
-
-@pytest.mark.parametrize("decode", [False, True])
-def test_verify_of_damaged_files(damaged: Path, decode: bool) -> None:
-    late = damaged / "msrvtt" / "videos" / f"{TRAIN[1]}.mp4"
-    content = bytearray(late.read_bytes())
-    start = content.index(b"mdat") + 4
-    content[start:-2000] = bytes(len(content) - 2000 - start)  # pictures lost, the index behind them whole
-    late.write_bytes(content)
-    result = MSRVTT.verify(damaged, workers=0, decode=decode, **SMALL)
-    train, _, test = result.splits
-    assert (train.missing, train.unreadable, test.missing, test.unreadable) == (1, 1 + decode, 0, 1)
-    told = "\n".join(result.problems)
-    for part in (
-        "train.9k: video7: there is no ",
-        "video3: it holds no video stream",
-        "test: video9975: the file is empty",
-    ):
-        assert part in told
-    assert (f"train.9k: {TRAIN[1]}: " in told) == decode
-
-
-def test_verify_looks_at_the_cache(damaged: Path) -> None:
-    prepare(damaged, max_unreadable=1)
-    shutil.copy(damaged / "msrvtt" / "videos" / f"{TRAIN[1]}.mp4", damaged / "msrvtt" / "videos" / f"{TEST[1]}.mp4")
-    result = MSRVTT.verify(damaged, workers=0, **SMALL)
-    assert any("test: 1 videos have changed since it was written" in problem for problem in result.problems)
-
-
-def test_verify_with_a_process(sound: Path) -> None:
-    assert not MSRVTT.verify(sound, workers=1, time_limit=30, **SMALL).problems
-
-
-def test_a_cache_that_lost_its_frames_is_told_and_laid_out_anew(sound: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
-    prepare(root)
-    next((root / "msrvtt" / "frames").rglob("test.npy")).unlink()
-    (problem,) = MSRVTT.verify(root, workers=0, **SMALL).problems
-    assert "test: the frame cache has lost its frames" in problem and "prepare it again" in problem
-    options = {**SMALL, "decode_every_epoch": False}
-    with pytest.raises(FileNotFoundError, match=r"no frame cache holds 3 of 3 videos .* run python"):
-        MSRVTT(root, "test", **options)
-    prepare(root)
-    np.testing.assert_array_equal(MSRVTT(root, "test", **options).visual(0), MSRVTT(sound, "test", **SMALL).visual(0))
-    assert not MSRVTT.verify(root, workers=0, **SMALL).problems
-
-
-def test_verify_says_whether_the_pretrained_weights_are_there(sound: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
-    for there in (False, True):
-        found = MSRVTT.verify(root, workers=0, **SMALL)
-        assert not found.problems
-        assert f" is {'there' if there else 'not there yet'}: {root / 'ViT-B-32.pt'}\n" in found.text()
-        (root / "ViT-B-32.pt").touch()
-    for model, weights in (("clip4clip_vit_b32", "ViT-B-32.pt"), ("vse_infty_base", "bert-base-uncased")):
-        settings = compose("train_retrieval", [f"model={model}", f"root={root}"])["model"]
-        assert str(root / weights) in (settings.get("weights"), settings.get("text"))
