@@ -29,13 +29,15 @@ def median_pair(ordered: Tensor) -> tuple[Tensor, Tensor]:
     rank = (pairs + 1) // 2  # pairs at most as far apart as the median
     tolerance = 1e-6 if ordered.dtype == torch.float32 else 1e-12
 
+    # The search keeps at_low < rank <= at_high, the numbers of pairs at most `low` and at most `high` apart: the median
+    # is in (low, high]. Each number's part of them, with those before it, is in `below` and `up_to`.
     low = torch.zeros_like(ordered[:, :1])
     high = ordered[:, -1:] - ordered[:, :1]
     up_to = torch.full_like(ordered, count, dtype=torch.int32)
     distinct = torch.arange(1, count + 1, dtype=torch.int32, device=ordered.device).expand_as(ordered)
     below = _within(ordered, low) if (ordered.diff(dim=1) == 0).any() else distinct
     at_low, at_high = _pairs(below), _pairs(up_to)
-    coincide = at_low >= rank  # then the median is zero
+    coincide = at_low >= rank  # then the median is zero, and so are both ends from here on
     high, up_to, at_high = high.where(~coincide, low), up_to.where(~coincide, below), at_high.where(~coincide, at_low)
     first, second = _around_median(ordered, rank) if pairs > FEW else (low, high)
     for step in range(64):
