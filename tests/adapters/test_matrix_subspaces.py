@@ -62,8 +62,7 @@ def test_captured_deltas_are_those_of_the_merged_weights(method: str, backbone: 
     for name, (activations, basis) in subspaces.items():
         layer, _, role = name.rpartition(".")
         update = weight_of(merged.get_submodule(layer), role) - weight_of(stock.get_submodule(layer), role)
-        real = seen[layer][x[1].bool()] if backbone == "bert" else seen[layer].flatten(0, -2)
-        delta = real @ update.T
+        delta = samples(seen[layer], layer, backbone, x) @ update.T
         torch.testing.assert_close(
             activations @ basis, delta.detach(), atol=1e-4 * delta.detach().abs().max().item(), rtol=0
         )
@@ -92,10 +91,20 @@ def test_captured_deltas_are_what_the_branch_adds(method: str, backbone: str) ->
         model(*x)
     assert subspaces and set(subspaces) == set(seen)
     for name, (activations, basis) in subspaces.items():
-        delta = seen[name][x[1].bool()] if backbone == "bert" else seen[name].flatten(0, -2)
+        delta = samples(seen[name], name, backbone, x)
         torch.testing.assert_close(
             activations @ basis, delta.detach(), atol=1e-4 * delta.detach().abs().max().item(), rtol=0
         )
+
+
+def samples(values: Tensor, name: str, backbone: str, x: tuple[Tensor, ...]) -> Tensor:
+    """(..., d) -> (N, d) without padding: what BERT's mask leaves out, and what follows the end of CLIP's texts."""
+    if backbone == "bert":
+        return values[x[1].bool()]
+    if backbone.startswith("clip") and ".visual." not in name:
+        ends = x[1].argmax(dim=1, keepdim=True)
+        return values[torch.arange(x[1].shape[1]) <= ends]
+    return values.flatten(0, -2)
 
 
 def _tensor(value: Any) -> Tensor:
