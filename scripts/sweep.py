@@ -39,8 +39,8 @@ def check_jobs(jobs: list[list[str]], check: Callable[[list[str]], Any]) -> None
 class Sweep:
     """Runs the jobs of a sweep, and notes those that fail instead of ending with them.
 
-    A job that a launcher (joblib, submitit) runs in another process fails there with an error in one line, which Hydra
-    raises when all jobs are done.
+    A job that a launcher (joblib, submitit) runs in another process prints its error there and fails; when all jobs are
+    done Hydra raises the first of these, so that such a sweep ends with exit code 1 and without the list.
     """
 
     def __init__(self, main: Callable[[Mapping[str, Any]], None]) -> None:
@@ -62,9 +62,9 @@ class Sweep:
             if not isinstance(error, MISTAKES) or os.environ.get("RESORA_TRACEBACK"):
                 traceback.print_exception(error)
             message = f"{name}: {error if isinstance(error, MISTAKES) else repr(error)}"
+        print(f"error in {message}", file=sys.stderr)
         if os.getpid() != self._process:
             raise ValueError(message)
-        print(f"error in {message}", file=sys.stderr)
         self.failed.append(message)
 
     def finish(self) -> None:

@@ -222,6 +222,22 @@ def test_a_job_that_fails_ends_no_other(
     ]
 
 
+def test_a_job_that_fails_in_another_process_is_hydras_to_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    begun = []
+
+    def main(config: dict[str, Any]) -> None:
+        begun.append(config["seed"])
+        monkeypatch.setattr("sweep.os.getpid", lambda: -1)  # as in a process of joblib
+        raise ValueError("no such data")
+
+    monkeypatch.setattr(sys, "argv", ["train_retrieval.py", "--multirun", "seed=0,1", f"runs={tmp_path}"])
+    with pytest.raises(SystemExit, match="1"):
+        launch(main, "train_retrieval", "")
+    assert begun == [0, 1] and capsys.readouterr().err.count(f"error in seed=1 runs={tmp_path}: no such data\n") == 1
+
+
 def test_a_sweep_is_checked_before_its_first_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
