@@ -1,7 +1,7 @@
 """MSR-VTT (Xu et al., CVPR 2016) for text-video retrieval: 10,000 web videos of 10 to 32 s, 20 sentences each.
 
 The protocol is 1k-A (Yu et al., ECCV 2018): train on 9,000 videos (or 7,010), test on 1,000 pairs. The files of
-`retrieval.data.msrvtt_tables` come to ``<root>/msrvtt/``, the clips to ``<root>/msrvtt/videos/``.
+`retrieval.data.msrvtt_tables` come to ``<root>/msrvtt/``, the clips to ``<root>/msrvtt/videos/`` or to folders below.
 
 - Validation: 500 of the training videos with a sentence each, by default; they are not trained on. Prior work selects
   its checkpoints on the test split; ``validation="test"`` does that, and a run's record says so.
@@ -32,7 +32,7 @@ from PIL import Image
 
 from retrieval.data.dataset import SPLITS, fingerprint
 from retrieval.data.msrvtt_options import MSRVTTOptions
-from retrieval.data.msrvtt_tables import DATA_FILE, TEST_FILE, check_files, find_videos, train_file
+from retrieval.data.msrvtt_tables import DATA_FILE, TEST_FILE, check_files, check_found, find_videos, train_file
 from retrieval.data.msrvtt_verify import verify_msrvtt
 from retrieval.data.verification import Verification
 from retrieval.video import VideoError
@@ -68,6 +68,8 @@ class MSRVTT:
         if self.cache is None or any(video not in self.cache for video in videos):
             check_files(self.folder, ("videos",))
         self.files = find_videos(self.folder / "videos", videos)
+        if self.cache is None:
+            check_found(self.folder / "videos", f"{self.name} {split}", self.files)
         self.total, self.unreadable = len(videos), dict[str, str]()
         known = {video: reason for video in videos if (reason := self._known_reason(video))}
         check_share(known, self.total, self.options.max_unreadable, split)
@@ -135,16 +137,20 @@ class MSRVTT:
             options: of `MSRVTTOptions`.
 
         Raises:
-            FileNotFoundError: files are missing; the message says what to get.
+            FileNotFoundError: files are missing, or all videos of a list; the message says what to get.
             ValueError: as of the class; too many unreadable videos are told after all others are in the cache.
         """
         chosen, folder = MSRVTTOptions(**options), Path(root) / cls.name
         check_files(folder, (train_file(chosen.train), TEST_FILE, DATA_FILE, "videos"))
-        lists = {name: chosen.pairs(folder, name) for name in (chosen.train_list, "test")}
-        written = []
-        for name, pairs in lists.items():
-            videos = find_videos(folder / "videos", pairs["video_id"].unique())
+        lists = []
+        for name in (chosen.train_list, "test"):
+            videos = find_videos(folder / "videos", chosen.pairs(folder, name)["video_id"].unique())
             files = CacheFiles(folder / "frames", name, chosen.reading)
+            if not files.laid_out:
+                check_found(folder / "videos", f"{cls.name} {name}", videos)
+            lists.append((files, videos))
+        written = []
+        for files, videos in lists:
             written.append(write_cache(files, videos, workers=workers, time_limit=time_limit))
             print(written[-1].summary())
         for done in written:
@@ -197,5 +203,5 @@ def check_share(unreadable: dict[str, str], of: int, most: float, split: str) ->
         enough = math.ceil(100 * len(unreadable) / of) / 100
         raise ValueError(
             f"msrvtt {split}: {len(unreadable):,} of {of:,} videos cannot be read, more than max_unreadable={most:g} "
-            f"allows ({named(unreadable)}); mend them, or set data.max_unreadable={enough}"
+            f"allows ({named(unreadable)}); mend them{f', or set data.max_unreadable={enough}' if enough < 1 else ''}"
         )

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +29,7 @@ NEEDED = """MSR-VTT is not in {folder}: {missing} not found.
 It cannot be fetched from here. Put these there, under these names:
   MSRVTT_train.9k.csv, MSRVTT_train.7k.csv, MSRVTT_JSFUSION_test.csv, MSRVTT_data.json
       the splits and sentences, from msrvtt_data.zip in the releases of github.com/ArrowLuo/CLIP4Clip
-  videos/video0.mp4 ... videos/video9999.mp4
+  videos/video0.mp4 ... videos/video9999.mp4, or in folders below videos/
       the clips, from the data set's authors (Xu et al., CVPR 2016); .webm, .mkv, .avi and .mov are found too
 To train as published, beside them: OpenAI's ViT-B-32.pt (from github.com/openai/CLIP) as {clip}
 Then: python scripts/prepare_data.py data=msrvtt; `verify` tells what is missing."""
@@ -131,12 +132,41 @@ def check_count(name: str, found: tuple[int, int]) -> str | None:
 
 
 def find_videos(folder: Path, videos: Iterable[str]) -> dict[str, Path]:
-    """Video -> its file ``<folder>/<video>.<ending>``; for one that is missing, where its .mp4 would be."""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    """Video -> its file ``<folder>/<video>.<ending>``; for one that is missing, where its .mp4 would be.
+
+    Where none of them lies in the folder itself, the folders below it are searched, as archives unpack into some; links
+    to folders are not followed.
+
+    Raises:
+        ValueError: two folders below hold one of them.
+    """
+    found: dict[str, list[Path]] = {video: [] for video in videos}
+    for place, _, names in os.walk(folder):  # from the top
+        for path in (Path(place, name) for name in names):
+            if path.suffix in ENDINGS and path.stem in found:
+                found[path.stem].append(path)
+        if any(found.values()) and Path(place) == folder:
+            break
+    for video, paths in found.items():
+        if len({path.parent for path in paths}) > 1:
+            raise ValueError(
+                f"{video} is there {len(paths)} times, as {' and '.join(map(str, sorted(paths)))}; keep the ones that "
+                f"are meant, or put them into {folder} itself"
+            )
     return {
-        video: folder / next((video + ending for ending in ENDINGS if video + ending in there), video + ENDINGS[0])
-        for video in videos
+        video: min(paths, key=lambda path: ENDINGS.index(path.suffix), default=folder / (video + ENDINGS[0]))
+        for video, paths in found.items()
     }
+
+
+def check_found(folder: Path, name: str, videos: Mapping[str, Path]) -> None:
+    """Raise a FileNotFoundError that says what was looked for if not one of a list's videos is there."""
+    if videos and not any(path.is_file() for path in videos.values()):
+        raise FileNotFoundError(
+            f"{name}: none of {len(videos):,} videos is in {folder}, or in a folder below it. Looked for "
+            f"{next(iter(videos))}{', or '.join((ENDINGS[0], ', '.join(ENDINGS[1:])))}, and so on; put the clips there "
+            "under these names"
+        )
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:

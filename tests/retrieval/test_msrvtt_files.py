@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from msrvtt_folder import SMALL, prepare
+from msrvtt_folder import SMALL, TEST, TRAIN, prepare
 
 from retrieval.data import MSRVTT
-from retrieval.data.msrvtt_tables import check_count
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from retrieval.data.msrvtt import check_share
+from retrieval.data.msrvtt_tables import check_count, find_videos
 
 
 def test_without_files_it_says_what_to_get(tmp_path: Path) -> None:
@@ -56,3 +55,62 @@ def test_published_counts(sound: Path) -> None:
         MSRVTT(sound, "train", size=32, validation=2)
     with pytest.raises(ValueError, match="3 videos with 3 sentences, published are 1,000 with 1,000"):
         MSRVTT(sound, "test", size=32)
+
+
+@pytest.fixture
+def unpacked(sound: Path, tmp_path: Path) -> Path:
+    """As the published archives unpack: folders below videos/, here one for training and one for test."""
+    root = tmp_path / "unpacked"
+    shutil.copytree(sound / "msrvtt", root / "msrvtt", ignore=shutil.ignore_patterns("frames"))
+    videos = root / "msrvtt" / "videos"
+    for path in list(videos.iterdir()):
+        folder = videos / "MSRVTT" / ("all" if path.stem in TRAIN else "test")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    (videos / "__MACOSX" / "all").mkdir(parents=True)
+    (videos / "__MACOSX" / "all" / f"._{TRAIN[0]}.mp4").write_bytes(b"not a video")
+    return root
+
+
+def test_videos_are_found_in_folders_of_folders(sound: Path, unpacked: Path) -> None:
+    prepare(unpacked)
+    for split in ("train", "test"):
+        here, there = (MSRVTT(root, split, **SMALL) for root in (unpacked, sound))
+        assert here.fingerprint == there.fingerprint
+        np.testing.assert_array_equal(here.visual(1), there.visual(1))
+    assert not MSRVTT.verify(unpacked, workers=0, **SMALL).problems
+
+
+def test_folders_are_looked_into_where_none_lies_at_the_top(unpacked: Path, tmp_path: Path) -> None:
+    videos = unpacked / "msrvtt" / "videos"
+    inside = videos / "MSRVTT" / "all"
+    shutil.copy(inside / f"{TRAIN[0]}.mp4", videos / f"{TRAIN[0]}.webm")  # of another size, say
+    found = find_videos(videos, TRAIN)
+    assert found[TRAIN[0]] == videos / f"{TRAIN[0]}.webm" and found[TRAIN[1]] == videos / f"{TRAIN[1]}.mp4"
+    assert find_videos(videos, TEST)[TEST[0]] == videos / "MSRVTT" / "test" / f"{TEST[0]}.mp4"
+
+    (tmp_path / "elsewhere").mkdir()
+    (videos / "MSRVTT" / "test").rename(tmp_path / "elsewhere" / "test")
+    (videos / "linked").symlink_to(tmp_path / "elsewhere")
+    assert not any(path.exists() for path in find_videos(videos, TEST).values())  # nothing outside of it
+
+    (videos / f"{TRAIN[0]}.webm").unlink()
+    shutil.copytree(inside, videos / "compressed")
+    with pytest.raises(
+        ValueError, match=r"video3 is there 2 times, .*MSRVTT/all/video3.mp4 and .*compressed/video3.mp4"
+    ):
+        find_videos(videos, TRAIN)
+
+
+def test_where_no_video_is_found_nothing_is_laid_out(unpacked: Path) -> None:
+    folder = unpacked / "msrvtt"
+    shutil.rmtree(folder / "videos" / "MSRVTT" / "test")
+    message = r"test: none of 3 videos is in .*videos.*video7020\.mp4, or \.webm, \.mkv, \.avi, \.mov"
+    for call in (prepare, lambda root: MSRVTT(root, "test", **SMALL)):
+        with pytest.raises(FileNotFoundError, match=message) as told:
+            call(unpacked)
+        assert "max_unreadable" not in str(told.value)
+    assert not (folder / "frames").exists()
+    assert MSRVTT.verify(unpacked, workers=0, **SMALL).splits[-1].missing == 3
+    with pytest.raises(ValueError, match=r"; mend them$"):  # where all are damaged, no share of them is proposed
+        check_share({"video7020": "it holds no video stream"}, 1, 0.01, "test")
