@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
-from typing import NamedTuple, NoReturn, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from regularizers.layers import LowRankLayer, Record, low_rank_layers
 from regularizers.padding import Padding, watch_padding
 from regularizers.reentrant import in_reentrant_checkpoint
 from regularizers.subspaces import Captured, Subspaces
+from regularizers.wrappers import check_unsharded, unwrapped
 
 
 @contextmanager
@@ -63,15 +63,11 @@ def capture(
             backward pass of an earlier capture under reentrant checkpointing.
     """
     captured = Captured(on, samples)
-    model = _plain(model)
+    model = unwrapped(model)
     found = low_rank_layers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no low-rank layer: inject an adapter such as LoRA first")
-    for name in found:
-        for own, parameter in model.get_submodule(name).named_parameters():
-            if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor":
-                kind = "partitioned by DeepSpeed's ZeRO-3" if hasattr(parameter, "ds_id") else "a DTensor"
-                _refuse_shards(f"{name}.{own}", kind)
+    check_unsharded(model, found)
     pattern = layer_pattern(layers)
     chosen = {name: [role for role in layer.roles if pattern.search(f"{name}.{role}")] for name, layer in found.items()}
     if layers is not None and not any(chosen.values()):
@@ -143,40 +139,6 @@ def layer_pattern(layers: str | None) -> re.Pattern[str]:
         return re.compile(layers or "")
     except re.error as error:
         raise ValueError(f"layers={layers!r} is no regular expression: {error}") from None
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel; raise for wrappers in which hooks do not work."""
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("capture does not work with DataParallel, which runs copies; use DistributedDataParallel")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = cast(nn.Module, model.module)
-    for name, module in model.named_modules():
-        if (wrapper := _sharding(module.__class__)) is not None:
-            _refuse_shards(name or type(module).__name__, f"wrapped by {wrapper}")
-        own = vars(module)
-        compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
-        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
-            where = name or type(module).__name__
-            raise ValueError(
-                f"{where} is compiled, and torch.compile drops hooks that come after it, so that nothing would be "
-                "captured. Train the module that you passed to torch.compile"
-            )
-    return model
-
-
-@lru_cache(maxsize=512)
-def _sharding(module: type[nn.Module]) -> str | None:
-    """The class that makes modules of this one shard their parameters, of FSDP 1 or 2. By name: the import is slow."""
-    names = (base.__name__ for base in module.__mro__)
-    return next((name for name in names if name in ("FSDPModule", "FullyShardedDataParallel")), None)
-
-
-def _refuse_shards(what: str, kind: str) -> NoReturn:
-    raise ValueError(
-        f"{what} is {kind}: capture does not work with parameters that are sharded over processes, for a layer's basis "
-        "is gone after its forward pass. Use DistributedDataParallel, ZeRO-1 or ZeRO-2"
-    )
 
 
 def _recorder(recordings: list[_Recording], name: str, layer: LowRankLayer, padding: Padding) -> Record:

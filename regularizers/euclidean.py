@@ -146,7 +146,7 @@ def _sums(layers: _Layers, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _closeness(lengths: Tensor, layers: _Layers, pairs: _Pairs) -> Tensor:
-    """exp(-beta |h_i - h_j|^2) (L, P, samples) of features of these lengths (L, r, samples), signed as their activations.
+    """exp(-beta |h_i - h_j|^2), (L, P, samples), of features of these lengths, (L, r, samples), signed as activations.
 
     Without the cancellation of the square's three terms: i and j are first turned to the same side.
     """

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from adapters import LoRA, inject
@@ -74,6 +75,14 @@ def test_a_text_ends_where_its_tower_takes_it_to_end(text: dict[str, Any], sampl
     with capture(model) as subspaces:
         model.encode_text(IDS)
     assert {len(pair.activations) for name, pair in subspaces.items()} == {samples}
+
+
+def test_of_pefts_lora_on_clip() -> None:
+    model = get_peft_model(CLIP(8, VISION, CLIPTextCfg(**TEXT)), LoraConfig(r=2, target_modules=["c_fc"]))
+    with capture(model) as subspaces:
+        model(PIXELS, IDS)
+    rows = {"visual" in name: len(pair.activations) for name, pair in subspaces.items()}
+    assert rows == {True: 2 * 5, False: 3 + 6}
 
 
 def test_the_ids_of_each_call_count() -> None:
