@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ from training.run import CONFIG, FINISHED
 SEEDS = ("seed", "data.subset_seed")  # repetitions: a row is a mean over these
 COLUMNS = ("data.name", "data.dataset", "data.shots")  # they choose a table, or a column of one
 ELSEWHERE = ("root", "data.root", "trainer.threads")  # threads move last digits only
+BY_DATASET = "by_dataset"  # a recipe's settings of each data set
+RATES = ("trainer.rates.adapter", "trainer.rates.head")  # both are the recipe's `rate`
 NOT_SETTINGS = (*FREE, *SEEDS, *COLUMNS, *ELSEWHERE)
 
 
@@ -87,6 +90,7 @@ def read_run(folder: Path) -> list[Result]:
     parts = [str(flat["data.name"])]
     if "data.shots" in flat:
         parts.append(str(flat["data.dataset"]))
+    flat = _by_dataset(config, flat)
     settings = {key: value for key, value in flat.items() if not f"{key}.".startswith(_below(NOT_SETTINGS))}
     settings["trainer.precision"] = described["precision"]
     settings["trainer.batch_size"] = described.get("batch_size", flat["trainer.batch_size"])
@@ -102,6 +106,26 @@ def read_run(folder: Path) -> list[Result]:
     for key in ("model.name", "adapter.name", "regularizer.name"):
         settings[key]  # a KeyError says what the configuration lacks
     return [result, *_after_stages(result, config["trainer"]["stages"], metrics.get("after", {}), flat)]
+
+
+def _by_dataset(config: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat configuration, where what a recipe chooses for each data set is one setting of all of them.
+
+    A row of Table 2 has its ranks, say, in `by_dataset`, and the run of a data set the one that belongs to it.
+    """
+    if BY_DATASET not in config:
+        return dict(flat)
+    chosen = config[BY_DATASET]
+    table = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    own = dict(chosen.get(flat["data.dataset"], {}))
+    rate = own.pop("rate", None)
+    found = {}
+    for key, value in flat.items():
+        name = key.rpartition(".")[2]
+        is_own = (name in own and own[name] == value) or (key in RATES and value == rate)
+        if not key.startswith(f"{BY_DATASET}."):
+            found[key] = f"by data set ({table})" if is_own else value
+    return found
 
 
 def _scores(test: Mapping[str, float], flat: Mapping[str, Any]) -> dict[str, float]:

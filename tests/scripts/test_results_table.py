@@ -227,6 +227,17 @@ def test_vtab_has_its_19_data_sets_and_averages(runs: Runs, capsys: pytest.Captu
     assert max(map(len, printed.splitlines())) < 170
 
 
+@pytest.mark.parametrize("recipe", ["fact_tk", "dtl_plus", "ssf", "noah"])
+def test_what_a_recipe_chooses_by_data_set_is_one_row(recipe: str, runs: Runs) -> None:
+    for dataset in ("cifar", "dtd", "eurosat"):
+        runs.write("train_classification", f"table2={recipe}", f"data.dataset={dataset}", score=50.0)
+    assert table_of(runs)["settings"].isna().tolist() == [True]  # one row, with nothing to tell
+    of_one = {"fact_tk": "adapter.rank", "dtl_plus": "adapter.kernel", "ssf": "model.drop_path", "noah": "adapter.rank"}
+    other = f"{of_one[recipe]}=1"
+    runs.write("train_classification", f"table2={recipe}", "data.dataset=cifar", other, score=50.0)
+    assert len(table_of(runs)) == 2 and other in " ".join(table_of(runs)["settings"].dropna())
+
+
 def test_one_data_set_of_vtab_is_compared_on_itself(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(2):
         for name, score in (("none", 70.0), ("linear", 71.0 + seed)):
