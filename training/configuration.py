@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FREE = ("runs", "start_from", "trainer.workers", "trainer.report_to", "data.prepare", "data.pictures")
+FREE = (
+    "runs",
+    "start_from",
+    "trainer.workers",
+    "trainer.report_to",
+    "trainer.save_minutes",
+    "data.prepare",
+    "data.pictures",
+)
 """Settings, and groups of them, that change no result: a run goes on with others of these.
 
-Where a run lies and who hears of it; how many processes load its data; how the data were made, since their fingerprint
-is compared instead; pictures, which are for the report; and the run whose first stage was taken over, which
-`RunFolder.check_source` asks to have been trained as this one would. `root` is free too, see `differences`.
+Where a run lies and who hears of it; how often it is saved, and how many processes load its data; how the data were
+made, since their fingerprint is compared instead; pictures, which are for the report; and the run whose first stage was
+taken over, which `RunFolder.check_source` asks to have been trained as this one would. `root` is free too, see
+`differences`.
 """
 
 

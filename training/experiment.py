@@ -146,5 +146,6 @@ def _recipe(trainer: Mapping[str, Any]) -> Recipe:
                 "workers",
             )
         },
+        save_minutes=trainer.get("save_minutes"),  # runs of earlier versions have none
         report_to=tuple(trainer["report_to"]),
     )

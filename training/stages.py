@@ -2,7 +2,7 @@
 
 Each stage starts from the weights of the one before, by default with a fresh optimiser and schedule; the paper does not
 say whether its second stage does. A stage that is done is not trained again, and a killed one goes on from its last
-epoch.
+checkpoint.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Recipe:
             schedule spans all stages.
         chunk_size: items of a batch that go through the model at a time, for batches that do not fit into memory (see
             `training.chunked`), or None for all.
+        save_minutes: write a checkpoint inside an epoch too, each time that so many minutes have passed; None: only at
+            the end of each.
         workers: processes that load data; 0 loads in the training process.
         report_to: loggers of `transformers.Trainer`, such as "tensorboard" or "wandb".
 
@@ -75,6 +77,7 @@ class Recipe:
     evaluate_every: int = 1
     restart: bool = True
     chunk_size: int | None = None
+    save_minutes: float | None = None
     workers: int = 0
     report_to: tuple[str, ...] = ()
 
@@ -93,6 +96,8 @@ class Recipe:
         check_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}; expected at least 1 item, or null for the whole batch")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise ValueError(f"save_minutes is {self.save_minutes}; expected a positive number, or null")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
         if self.evaluate_every < 1:
@@ -163,6 +168,7 @@ def run_stages(
                 first_epoch=first_epoch,
                 evaluate_every=recipe.evaluate_every,
                 chunk_size=recipe.chunk_size,
+                save_minutes=recipe.save_minutes,
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)

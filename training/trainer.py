@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -63,6 +65,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         first_epoch: epochs that earlier stages trained.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         chunk_size: items of a batch that go through the model at a time (see `training.chunked`), or None for all.
+        save_minutes: minutes after which a checkpoint is written inside an epoch too, or None.
         kwargs: as of `transformers.Trainer`.
     """
 
@@ -77,6 +80,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         first_epoch: int = 0,
         evaluate_every: int = 1,
         chunk_size: int | None = None,
+        save_minutes: float | None = None,
         **kwargs: Any,
     ) -> None:
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
@@ -92,6 +96,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
             check_chunkable(cast(nn.Module, self.model))
         self.add_callback(_Epochs(self.train_dataset, first_epoch, evaluate_every))
         self.add_callback(_KeepInRange())
+        self.add_callback(_Checkpoints(save_minutes))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The objective plus the penalty; raises FloatingPointError, with the parts, where it is not finite."""
@@ -155,7 +160,7 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self.first_epoch + round(state.epoch or 0))
+            self.dataset.set_epoch(self.first_epoch + state.global_step // steps_of_an_epoch(args, state))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,6 +169,35 @@ class _Epochs(TrainerCallback):
         if epoch % self.evaluate_every and epoch < args.num_train_epochs:
             control.should_evaluate = False
         control.should_log = True  # no mean spans a checkpoint, so a resumed run logs what an uninterrupted one does
+
+
+def steps_of_an_epoch(args: TrainingArguments, state: TrainerState) -> int:
+    """Of the optimiser."""
+    return state.max_steps // int(args.num_train_epochs)
+
+
+class _Checkpoints(TrainerCallback):
+    """Write one inside an epoch as well, after so many minutes, and find the best one in a run that has been moved."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes, self.since = minutes, monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.since = monotonic()
+        if state.best_global_step:  # a resumed run: transformers knows the place where it was then
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Only behind a log, so that no mean spans a checkpoint, and not where an epoch ends, before it is evaluated.
+        if self.minutes is None or not control.should_log or state.global_step % steps_of_an_epoch(args, state) == 0:
+            return
+        due = torch.tensor(monotonic() - self.since >= 60 * self.minutes, dtype=torch.uint8, device=args.device)
+        control.should_save = bool(broadcast(due))  # all processes write one together: the first decides
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.since = monotonic()
 
 
 class _KeepInRange(TrainerCallback):

@@ -44,6 +44,33 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, epoch: int, adapt
     assert without_score == [{k: v for k, v in line.items() if k != "validation"} for line in lines(whole)]
 
 
+def test_a_run_that_is_saved_inside_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Five epochs of 4 steps, saved after steps 5, 10 and 15, interrupted in step 16, the last of the 4th epoch."""
+    steps = 0
+
+    def objective(output: torch.Tensor, epoch: float) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 16:
+            raise KeyboardInterrupt
+        return {"squares": (output - epoch).square().mean()}
+
+    settings: dict[str, Any] = {"stages": (Stage(name="adapt", epochs=5),), "evaluator": lambda model: {"rsum": 1.0}}
+    whole = tiny.train(tmp_path / "whole", **settings)
+    saved = settings | {"objective": objective, "save_minutes": 1e-9}
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path / "saved", **saved)
+    (checkpoint,) = (tmp_path / "saved/checkpoints/adapt").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-15"
+    resumed = tiny.train(tmp_path / "saved", **saved)
+    assert steps == 16 + 5
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    assert lines(tmp_path / "saved") == lines(tmp_path / "whole")
+    with pytest.raises(ValueError, match="save_minutes is 0"):
+        Recipe(stages=tiny.STAGES, save_minutes=0)
+
+
 def test_two_processes_go_on_from_the_same_optimiser(tmp_path: Path) -> None:
     """The first process alone writes it, and is late: the other has to wait."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -134,6 +161,30 @@ def test_selection_is_among_the_epochs_that_are_evaluated(tmp_path: Path) -> Non
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensor, seen[0][name]), name
     assert not torch.equal(seen[0]["mlp.fc1.branches.fc1.A"], seen[2]["mlp.fc1.branches.fc1.A"])
+
+
+def test_the_best_epoch_is_found_where_the_run_has_been_moved_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between its last epoch and what it leaves: transformers notes the place of the best checkpoint."""
+    scores, seen = [5.0, 1.0], list[dict[str, torch.Tensor]]()
+
+    def evaluator(model: nn.Module) -> dict[str, float]:
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"rsum": scores[len(seen) - 1]}
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"stages": tiny.STAGES[:1], "selection": "validation", "evaluator": evaluator}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("training.stages.save", interrupted)
+        tiny.train(tmp_path / "here", **settings)
+    (tmp_path / "here").rename(tmp_path / "there")
+    model = tiny.train(tmp_path / "there", **settings)
+    assert len(seen) == 2, "no epoch was trained again"
+    a = "mlp.fc1.branches.fc1.A"
+    assert torch.equal(model.state_dict()[a], seen[0][a]) and not torch.equal(seen[0][a], seen[1][a])
 
 
 def test_an_objective_is_told_the_epochs_since_the_first_stage_began(tmp_path: Path) -> None:
