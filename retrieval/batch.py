@@ -49,7 +49,9 @@ class Captions:
     """
 
     def __init__(self, captions: Sequence[str], tokenizer: Any, max_length: int | None = None) -> None:
-        encoded = tokenizer(list(captions), truncation=max_length is not None, max_length=max_length)
+        encoded: Any = {"input_ids": []}
+        if captions:  # of a split that holds nothing, transformers' tokenizers make an error
+            encoded = tokenizer(list(captions), truncation=max_length is not None, max_length=max_length)
         self.ids: list[list[int]] = encoded["input_ids"]
         self.words: list[list[int | None]] = [encoded.word_ids(i) for i in range(len(self.ids))]
         self.mask_id: int = tokenizer.mask_token_id  # None of CLIP's, whose words are not augmented

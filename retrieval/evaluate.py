@@ -60,7 +60,12 @@ def encode(
     An item that holds nothing, such as a clip without a readable frame, stays in the gallery, so that results are of
     the same split for everybody: it is made orthogonal to every caption, or, where pairs are scored, worse than every
     other, and ties stand in a random order (`eval.ranks`). How many there are is printed.
+
+    Raises:
+        ValueError: for a split of no items.
     """
+    if not len(data):
+        raise ValueError(f"the {data.split} split holds nothing that could be encoded (data.validation=0?)")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -74,7 +74,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             seed=experiment.seed,
         )
         check_items(len(pairs), experiment.recipe.batch_size)
-        data_fingerprint = fingerprint(splits)
+        validation, data_fingerprint = _validation(splits, experiment), fingerprint(splits)
     run.check_data(data_fingerprint)
     if experiment.start_from and not run.has_trained(first_stage):
         RunFolder(experiment.start_from).check_data(data_fingerprint)
@@ -98,8 +98,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         selected_on="the test split (data.validation=test, as in prior work)" if as_prior_work else "validation",
     )
     torch.set_num_threads(hardware.threads)
-    validation, test, precision = splits["validation"], splits["test"], hardware.precision
+    test, precision = splits["test"], hardware.precision
     probed: list[dict[str, Tensor]] = []
+    held_out = "train" if validation is None else "validation"
 
     with clock(run, "train") as watch:
         run_stages(
@@ -109,25 +110,28 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             dataset=pairs,
             collate=Collate(model.collate_visual, model.text_length),
             objective=experiment.loss,
-            evaluator=lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
+            evaluator=None
+            if validation is None
+            else lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
             metric="Rsum",
             heads=model.heads,
             regularizer=experiment.regularizer,
             hardware=hardware,
             seed=experiment.seed,
-            after_stage=lambda: probed.append(heat_maps(probe(model, validation, captions["validation"]))),
+            after_stage=lambda: probed.append(heat_maps(probe(model, splits[held_out], captions[held_out]))),
             after_epoch=watch.tick,
         )
     if is_first_process():
         save(model, run.path / WEIGHTS)
 
     with clock(run, "evaluate"):
-        metrics: dict[str, Any] = {
-            "validation": evaluate(model, validation, captions["validation"], precision=precision)
-        }
+        metrics: dict[str, Any] = {}
+        if validation is not None:
+            metrics["validation"] = evaluate(model, validation, captions["validation"], precision=precision)
         encoded = encode(model, test, captions["test"], precision=precision)
         metrics["test"] = encoded.metrics(test.image_of_caption)
-        metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in (validation, test)}
+        ends = (test,) if validation is None else (validation, test)
+        metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in ends}
         if as_prior_work:
             metrics["validation_is"] = "test"  # for who reads the numbers alone
         metrics |= record_redundancy(run, probed)
@@ -181,3 +185,15 @@ def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> 
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
     return subspaces_on(model, batches())
+
+
+def _validation(splits: Mapping[str, RetrievalDataset], experiment: Experiment) -> RetrievalDataset | None:
+    """The validation split, or None where nothing is held out; ValueError if the recipe selects on it then."""
+    if len(splits["validation"]):
+        return splits["validation"]
+    if experiment.recipe.selection == "validation":
+        raise ValueError(
+            f"trainer.selection=validation, but data={experiment.data} holds nothing out for validation "
+            "(data.validation=0); use trainer.selection=last, or hold some out (data.validation=500)"
+        )
+    return None

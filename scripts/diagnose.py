@@ -203,7 +203,9 @@ def on_features(run: Path, layers: Sequence[str]) -> Measured:
         raise ValueError(f"{run} has data={name}, which no task here knows; for weights, name {run / ADAPTER}")
     if name in RETRIEVAL:
         splits, model, captions = restore(run)
-        on, captured = "validation pairs", probe(model, splits["validation"], captions["validation"])
+        held_out = "validation" if len(splits["validation"]) else "train"
+        on = "validation pairs" if held_out == "validation" else "training pairs"
+        captured = probe(model, splits[held_out], captions[held_out])
     else:
         _, images, classifier = restore_classifier(run)
         on = f"{'validation' if len(images['validation']) else 'training'} images"

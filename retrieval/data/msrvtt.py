@@ -3,8 +3,9 @@
 The protocol is 1k-A (Yu et al., ECCV 2018): train on 9,000 videos (or 7,010), test on 1,000 pairs. The files of
 `retrieval.data.msrvtt_tables` come to ``<root>/msrvtt/``, the clips to ``<root>/msrvtt/videos/`` or to folders below.
 
-- Validation: 500 of the training videos with a sentence each, by default; they are not trained on. Prior work selects
-  its checkpoints on the test split; ``validation="test"`` does that, and a run's record says so.
+- Validation: 500 of the training videos with a sentence each, by default; they are not trained on, so that 8,500 are.
+  ``validation=0`` trains on all 9,000 and has no validation split. Prior work selects its checkpoints on the test
+  split; ``validation="test"`` does that, and a run's record says so.
 - "Expanded sentences" of prior code, an item for each sentence, are trainer.pairing=caption here; without them, a
   random sentence of each video in every epoch, is trainer.pairing=image.
 - Frames come from the frame cache (`retrieval.video.cache`), which ``prepare`` writes.

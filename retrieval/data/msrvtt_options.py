@@ -18,7 +18,8 @@ class MSRVTTOptions:
 
     Args:
         train: the training list, "9k" (1k-A) or "7k".
-        validation: how many training videos make the validation split, or "test" to select on the test split.
+        validation: how many training videos make the validation split, 0 for none, or "test" to select on the test
+            split.
         validation_seed: of the choice of these videos, and of the sentence that each keeps.
         frames, frames_per_second, slicing, size, resizing: how a clip is read; see `Reading`.
         max_unreadable: the largest share of a split's videos that may be missing or damaged.

@@ -99,15 +99,17 @@ def captions_of(folder: Path, videos: Sequence[str]) -> pd.DataFrame:
 
 
 def carve_validation(videos: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` of the videos, in their order: those whose names have the smallest hashes.
+    """`count` of the videos, or none, in their order: those whose names have the smallest hashes.
 
     So the choice depends on the seed and the names alone, not on a library's random numbers.
 
     Raises:
-        ValueError: there would be no video for validation or none for training.
+        ValueError: there would be no video for training.
     """
-    if not 0 < count < len(videos):
-        raise ValueError(f"validation={count} of {len(videos)} training videos; expected at least one for either split")
+    if not 0 <= count < len(videos):
+        raise ValueError(
+            f"validation={count} of {len(videos)} training videos; expected 0 or more, and some to train on"
+        )
     chosen = set(sorted(videos, key=lambda video: _hash(seed, video))[:count])
     return [video for video in videos if video in chosen]
 

@@ -68,7 +68,7 @@ def verify_msrvtt(
         problems += [f"{name}: {video}: {reason}" for video, reason in (missing | unreadable).items()]
         problems += _of_cache(CacheFiles(folder / "frames", name, chosen.reading), videos)
         splits.append(SplitCount(name, *count, len(missing), len(unreadable), PUBLISHED[name]))
-    if isinstance(chosen.validation, int):
+    if isinstance(chosen.validation, int) and chosen.validation:
         videos_of_train = lists[chosen.train_list]["video_id"].unique().tolist()
         carved = len(carve_validation(videos_of_train, chosen.validation, chosen.validation_seed))
         splits.insert(1, SplitCount("validation, of these", carved, carved))

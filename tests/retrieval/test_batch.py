@@ -111,6 +111,10 @@ def test_collate_text_pads_with_zeros() -> None:
     assert batch["input_ids"].dtype == torch.int64
 
 
+def test_a_split_may_hold_no_caption(cache: Path) -> None:
+    assert Captions([], minilm(cache)[1], 32).ids == []
+
+
 def test_bad_settings_are_refused(captions: Captions) -> None:
     with pytest.raises(ValueError, match="probabilities"):
         Augmentation(drop_regions=1.0)

@@ -63,6 +63,13 @@ def test_an_image_for_each_caption_changes_no_embedding(batch_size: int) -> None
     np.testing.assert_array_equal(found[True].texts, found[False].texts)
 
 
+def test_a_split_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="the validation split holds nothing"):
+        encode(
+            Model(), type("Nothing", (), {"split": "validation", "__len__": lambda self: 0})(), SimpleNamespace(ids=[])
+        )
+
+
 class Empty(Split):
     """Its third image holds nothing."""
 

@@ -43,7 +43,8 @@ def test_validation_depends_on_the_seed_alone(sound: Path) -> None:
     assert len(set(chosen)) == 500 and set(carve_validation(names[::-1], 500, seed=0)) == set(chosen)
     assert chosen[:4] == ["video7", "video29", "video53", "video55"]
     assert len(set(chosen) & set(carve_validation(names, 500, seed=1))) < 60  # by chance 28
-    for impossible in (0, 9000):
+    assert carve_validation(names, 0, seed=0) == []
+    for impossible in (-1, 9000):
         with pytest.raises(ValueError, match=f"validation={impossible}"):
             carve_validation(names, impossible, seed=0)
     first, again = (MSRVTT(sound, "validation", **SMALL) for _ in range(2))
@@ -57,6 +58,14 @@ def test_prior_selection_is_said(sound: Path) -> None:
     assert sorted(train.video_ids) == sorted(TRAIN)
     assert "validation is the test split" in train.preprocessing
     assert "test split" not in MSRVTT(sound, "train", **SMALL).preprocessing
+
+
+def test_all_videos_may_train(sound: Path) -> None:
+    options = {**SMALL, "validation": 0}
+    train, validation = (MSRVTT(sound, split, **options) for split in ("train", "validation"))
+    assert (train.video_ids, len(train.captions)) == (TRAIN, 6 * 20)
+    assert (len(validation), validation.captions, len(validation.fingerprint)) == (0, [], 64)
+    assert [row.split for row in MSRVTT.verify(sound, workers=0, **options).splits] == ["train.9k", "test"]
 
 
 def test_lists(sound: Path) -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from command_line import CONF, compose
 
 SMALL = (
-    "data.size=32", "data.frames=2", "data.validation=2", "data.check_counts=false", "model.weights=random",
+    "data.size=32", "data.frames=2", "data.check_counts=false", "model.weights=random",
     "trainer.batch_size=8", "trainer.workers=0", "trainer.threads=1", "trainer.precision=float32",
     "trainer.stages.adapt.epochs=1", "trainer.stages.regularize.epochs=1",
 )  # fmt: skip
@@ -46,9 +46,12 @@ def test_a_row_of_table_1(row: str, root: Path, tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     metrics = run.read_json("metrics.json")
+    assert "validation" not in metrics  # all of the published training videos train
+    assert run.read_json("run.json")["data"]["images"] == {"train": 6, "validation": 0, "test": 3}
     assert ("redundancy" in metrics) == (config["adapter"]["name"] in LOW_RANK)
     assert metrics["test"]["rsum"] > 0 and (run.path / "report.html").is_file()
     log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert not any("validation" in line for line in log)
     penalised = {line["stage"] for line in log if "resora_linear" in line.get("parts", {})}
     assert penalised == ({"regularize"} if row == "msrvtt_lora_resora" else set())
 
@@ -61,6 +64,7 @@ def test_the_published_recipe() -> None:
     assert (trainer["batch_size"], trainer["pairing"], trainer["optimizer"]) == (128, "caption", "bert_adam")
     assert trainer["rates"] == {"adapter": 1e-4, "head": 1e-4, "backbone": 1e-7, "weight_decay": 0.2}
     assert (trainer["schedule"]["name"], trainer["warmup"], trainer["max_grad_norm"]) == ("warmup_cosine", 0.1, 1.0)
+    assert (data["validation"], trainer["selection"]) == (0, "last")
     assert (data["train"], data["frames"], data["frames_per_second"], data["slicing"]) == ("9k", 12, 1.0, "uniform")
     assert (config["model"]["max_length"], config["model"]["projections"]) == (32, "backbone")
 
@@ -95,3 +99,10 @@ def test_selection_on_test_and_dead_videos_are_said(root: Path, tmp_path: Path) 
     assert described["preprocessing"] in report and described["preprocessing"].count("at most 2 frames") == 1
     assert "validation = test " in render_table(run.read_json("metrics.json"))
     assert "validation = test<" in report and "Recall on test, in percent" in report
+
+
+def test_without_a_validation_split_nothing_is_selected_on_it(root: Path, tmp_path: Path) -> None:
+    overrides = [f"model.towers={registered()}", f"root={root}", f"runs={tmp_path}", "trainer.selection=validation"]
+    with pytest.raises(ValueError, match=r"data=msrvtt holds nothing out .*data\.validation=500"):
+        train(compose("train_retrieval", ["table1=msrvtt_lora", *SMALL, *overrides]))
+    assert not list(tmp_path.iterdir())
