@@ -28,7 +28,7 @@ def assemble(experiment: Experiment) -> tuple[ClassificationDataset, dict[str, S
     Raises:
         ValueError: for settings that the data set or the model does not take.
     """
-    data = choose("data", DATASETS, {"name": experiment.data, **experiment.data_options})
+    data = open_data(experiment)
     set_seed(experiment.seed)  # the first values of the head and of the adapter
     side = data.images([0]).shape[-1]
     frozen, model = build_model(experiment.model, cache=experiment.cache, image_size=side, classes=len(data.classes))
@@ -42,6 +42,12 @@ def assemble(experiment: Experiment) -> tuple[ClassificationDataset, dict[str, S
         )
     tokens = cached_tokens(data, frozen, experiment.root)
     return data, {split: LabelledTokens(tokens, data.labels, data.splits[split]) for split in SPLITS}, model
+
+
+def open_data(experiment: Experiment) -> ClassificationDataset:
+    """The data set; raises FileNotFoundError if it is not there, ValueError for settings that it does not take."""
+    data: ClassificationDataset = choose("data", DATASETS, {"name": experiment.data, **experiment.data_options})
+    return data
 
 
 def _images(data: ClassificationDataset, split: str, experiment: Experiment) -> LabelledImages:

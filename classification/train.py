@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from adapters import load, save
-from classification.assemble import assemble, fingerprint
+from classification.assemble import assemble, fingerprint, open_data
 from classification.evaluate import Split, evaluate
 from classification.experiment import Experiment
 from classification.models import Classifier
@@ -50,6 +50,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run.check(config)
     if run.finished:
         run.drop_checkpoints()  # of a run that was killed just then
+        if not run.asked_for_these_data(config):
+            run.check_data(fingerprint(open_data(experiment)))
         return run
 
     check_devices()

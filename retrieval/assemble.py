@@ -28,8 +28,7 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], Retri
         FileNotFoundError: if the data are not prepared; the message says how to.
         ValueError: if data and model do not go together.
     """
-    dataset = DATASETS[experiment.data]
-    splits = {split: dataset(experiment.root, split, **experiment.data_options) for split in SPLITS}
+    splits = open_splits(experiment)
     set_seed(experiment.seed)  # the first values of the heads and of the adapter
     model, tokenizer = build_model(experiment.model, splits["train"], experiment.cache)
     inject(model, experiment.adapter, train=model.heads)
@@ -38,6 +37,12 @@ def assemble(experiment: Experiment) -> tuple[dict[str, RetrievalDataset], Retri
         model.encode_text(token, token)  # an adapter may change the width; if the head does not follow, it fails here
     captions = {name: Captions(data.captions, tokenizer, experiment.max_length) for name, data in splits.items()}
     return splits, model, captions
+
+
+def open_splits(experiment: Experiment) -> dict[str, RetrievalDataset]:
+    """The data; raises FileNotFoundError if they are not prepared, with a message that says how to."""
+    dataset = DATASETS[experiment.data]
+    return {split: dataset(experiment.root, split, **experiment.data_options) for split in SPLITS}
 
 
 def check_recipe(experiment: Experiment, model: RetrievalModel, captions: Captions) -> None:

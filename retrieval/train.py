@@ -15,7 +15,7 @@ from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
 from regularizers.layers import low_rank_layers
-from retrieval.assemble import assemble, check_recipe, fingerprint, restore
+from retrieval.assemble import assemble, check_recipe, fingerprint, open_splits, restore
 from retrieval.batch import Captions, Collate, TrainingPairs, collate_text
 from retrieval.data import RetrievalDataset
 from retrieval.evaluate import encode, evaluate
@@ -55,6 +55,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run.check(config)
     if run.finished:
         run.drop_checkpoints()  # of a run that was killed just then
+        if not run.asked_for_these_data(config):
+            run.check_data(fingerprint(open_splits(experiment)))
         if is_first_process():
             complete_report(run, experiment.root)
         return run

@@ -72,6 +72,12 @@ class RunFolder:
                 "it the same with root=FOLDER, or train another run on these in another place, runs=FOLDER"
             )
 
+    def asked_for_these_data(self, config: Mapping[str, Any]) -> bool:
+        """Whether the run was begun with data of the same place, made in the same way: if not, they may be others."""
+        earlier = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        same_place = earlier["root"] == config["root"]
+        return same_place and earlier["data"].get("prepare") == config["data"].get("prepare")
+
     def finished_config(self, root: str | Path | None = None) -> dict[str, Any]:
         """The configuration of a run that has finished; its data are below `root`, if they are not where they were.
 

@@ -81,6 +81,8 @@ def test_vtab_trains_on_all_images_and_looks_at_the_test_after_each_stage(root: 
     picture.write_bytes(picture.read_bytes() + b"\0")
     with pytest.raises(Unrestorable, match="was trained on other data"):
         restore(run.path, moved)
+    with pytest.raises(Unrestorable, match="was trained on other data"):
+        train(config(moved, tmp_path, "data=vtab"))
 
     # What the run says of its first stage is what a run of that stage alone measures, and one can go on from that.
     reference = ("regularizer=none", "trainer.stages.regularize.epochs=0")

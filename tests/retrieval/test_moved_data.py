@@ -64,4 +64,6 @@ def test_a_run_goes_on_and_is_evaluated_where_its_data_are(
     captions.write_text(captions.read_text().replace("a ", "the "))
     with pytest.raises(Unrestorable, match="was trained on other data"):
         evaluate.main(asked)
+    with pytest.raises(Unrestorable, match="was trained on other data"):
+        train(config(third, tmp_path / "runs"))  # not the numbers of the data that were in `second`
     torch.set_num_threads(threads)
