@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -172,17 +173,24 @@ def budget(step: int, start: int, end: int, initial: int, target: int) -> int:
 
 
 def update_importance(branches: Sequence[AdaLoRABranch], betas: tuple[float, float]) -> None:
-    """Take |w dL/dw| of every parameter into the running means: sensitivity, and its mean absolute deviation."""
+    """Take |w dL/dw| of every parameter into the running means: sensitivity, and its mean absolute deviation.
+
+    A step in which any of them is not finite leaves both as they were: a `GradScaler` skips it, and a mean would never
+    forget it.
+    """
     named = [(branch, name, p) for branch in branches for name, p in branch.named_parameters() if p.grad is not None]
     sensitivity = [branch.get_buffer(f"{name}_sensitivity") for branch, name, _ in named]
     uncertainty = [branch.get_buffer(f"{name}_uncertainty") for branch, name, _ in named]
     gradients = [p.grad for _, _, p in named if p.grad is not None]
     importance = list(torch._foreach_mul([p for _, _, p in named], gradients))
     torch._foreach_abs_(importance)
-    torch._foreach_lerp_(sensitivity, importance, 1 - betas[0])
+    finite = torch.stack(torch._foreach_norm(importance, math.inf)).isfinite().all()  # stays on the device
+    counted = [new.where(finite, mean) for new, mean in zip(importance, sensitivity, strict=True)]
+    torch._foreach_lerp_(sensitivity, counted, 1 - betas[0])
     torch._foreach_sub_(importance, sensitivity)
     torch._foreach_abs_(importance)
-    torch._foreach_lerp_(uncertainty, importance, 1 - betas[1])
+    counted = [new.where(finite, mean) for new, mean in zip(importance, uncertainty, strict=True)]
+    torch._foreach_lerp_(uncertainty, counted, 1 - betas[1])
 
 
 def allocate(branches: Sequence[AdaLoRABranch], ranks: int) -> None:

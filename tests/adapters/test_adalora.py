@@ -123,6 +123,51 @@ def test_scores_budget_and_surviving_ranks_equal_pefts_over_a_training() -> None
     assert [int(branch.alive.sum()) for branch, _, _ in pairs] != [TARGET] * 4, "the layers compete"
 
 
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    buffers = model.named_buffers()
+    return {name: buffer.clone() for name, buffer in buffers if name.endswith(("_sensitivity", "_uncertainty"))}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_whose_gradients_are_not_finite_leaves_the_importance_as_it_was(value: float) -> None:
+    """As where a GradScaler skips the optimiser's step: the schedule goes on without it."""
+    model = inject(bert(), OURS)
+    branches = [module for module in model.modules() if isinstance(module, AdaLoRABranch)]
+    for branch in branches:
+        nn.init.normal_(branch.E)
+    model(**batch()).loss.backward()
+    after_step(model, 1, STEPS)
+    before = statistics(model)
+    assert all(mean.any() for mean in before.values())
+    branches[1].A.grad[1, 2] = value
+    after_step(model, 4, STEPS)
+    after = statistics(model)
+    assert all(torch.equal(after[name], mean) for name, mean in before.items())
+    assert sum(int(branch.alive.sum()) for branch in branches) == budget(4, 2, STEPS - 3, 4 * RANK, 4 * TARGET)
+
+
+def test_a_training_that_begins_with_skipped_steps_is_that_without_them() -> None:
+    """A GradScaler lowers its scale until the gradients are finite."""
+    scaled, plain = inject(bert(), OURS), inject(bert(), OURS)
+    plain.load_state_dict(scaled.state_dict())
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (scaled, plain)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-60)
+    inputs, step = batch(), 0
+    while not any(mean.any() for mean in statistics(scaled).values()):
+        step += 1
+        optimizers[0].zero_grad()
+        scaler.scale(1e3 * scaled(**inputs).loss).backward()
+        scaler.step(optimizers[0])
+        after_step(scaled, step, STEPS)
+        scaler.update()
+    assert step == 2, "the first is skipped"
+    (1e3 * plain(**inputs).loss).backward()
+    optimizers[1].step()
+    after_step(plain, step, STEPS)
+    for name, mean in statistics(plain).items():
+        torch.testing.assert_close(statistics(scaled)[name], mean, rtol=1e-4, atol=1e-9)
+
+
 def test_budget_is_cubic_and_without_a_target_two_thirds() -> None:
     assert [budget(step, 2, 10, 288, 192) for step in (2, 6, 10, 11)] == [288, 192 + 12, 192, 192]
     model = inject(bert(), AdaLoRA(rank=3, rank_pattern={r"layer\.1": 5}))  # 2 x 3 + 2 x 5 ranks
