@@ -50,9 +50,11 @@ def encode(
     captions: Captions,
     *,
     batch_size: int = 64,
-    precision: str = "float32",
 ) -> Encoded:
     """Encode every image and every caption, and score all pairs where the model asks for it.
+
+    In float32, whatever precision the training had: bfloat16 has two to three digits, and neighbours in a ranking may
+    differ in later ones.
 
     Captions are encoded in batches of similar length, so that little is spent on padding. The model is left in the mode
     (training or evaluation) that it was in.
@@ -73,7 +75,7 @@ def encode(
     wanted = data.image_of_caption if model.image_for_each_caption else np.arange(len(data))
     total, name = len(wanted) + len(captions.ids), f"encoding {data.split}"
     with (
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+        torch.autocast(device.type, enabled=False),
         tqdm(total=total, desc=name, unit="item", leave=False, delay=1) as bar,
     ):
         for start in range(0, len(wanted), batch_size):
@@ -112,10 +114,9 @@ def evaluate(
     captions: Captions,
     *,
     batch_size: int = 64,
-    precision: str = "float32",
 ) -> dict[str, float]:
     """Recall@K, median and mean rank both ways, and Rsum of `model` on a split (see `eval.retrieval_metrics`)."""
-    encoded = encode(model, data, captions, batch_size=batch_size, precision=precision)
+    encoded = encode(model, data, captions, batch_size=batch_size)
     return encoded.metrics(data.image_of_caption)
 
 

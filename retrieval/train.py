@@ -100,7 +100,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         selected_on="the test split (data.validation=test, as in prior work)" if as_prior_work else "validation",
     )
     torch.set_num_threads(hardware.threads)
-    test, precision = splits["test"], hardware.precision
+    test = splits["test"]
     probed: list[dict[str, Tensor]] = []
     held_out = "train" if validation is None else "validation"
 
@@ -114,7 +114,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             objective=experiment.loss,
             evaluator=None
             if validation is None
-            else lambda trained: evaluate(model, validation, captions["validation"], precision=precision),
+            else lambda trained: evaluate(model, validation, captions["validation"]),
             metric="Rsum",
             heads=model.heads,
             regularizer=experiment.regularizer,
@@ -129,8 +129,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     with clock(run, "evaluate"):
         metrics: dict[str, Any] = {}
         if validation is not None:
-            metrics["validation"] = evaluate(model, validation, captions["validation"], precision=precision)
-        encoded = encode(model, test, captions["test"], precision=precision)
+            metrics["validation"] = evaluate(model, validation, captions["validation"])
+        encoded = encode(model, test, captions["test"])
         metrics["test"] = encoded.metrics(test.image_of_caption)
         ends = (test,) if validation is None else (validation, test)
         metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in ends}
@@ -159,7 +159,7 @@ def complete_report(run: RunFolder, root: Path | None = None) -> None:
         try:
             described, (splits, model, captions) = run.read_json("run.json"), restore(run.path, root)
             torch.set_num_threads(described["threads"])
-            encoded = encode(model, splits["test"], captions["test"], precision=described["precision"])
+            encoded = encode(model, splits["test"], captions["test"])
             save_showcase(run, splits["test"], encoded)
         except Exception as error:  # the data may be gone, or the disk full: that must not cost the numbers' report
             tqdm.write(f"the report of {run.path} goes without pictures: {type(error).__name__}: {error}")

@@ -42,7 +42,7 @@ def main(config: dict[str, Any]) -> None:
     torch.set_num_threads(described["threads"])
     data = splits[split]
     metrics = {
-        split: evaluate(model, data, captions[split], precision=described["precision"]),
+        split: evaluate(model, data, captions[split]),
         "chance": {split: chance_level(data.image_of_caption, len(data))},
     }
     print(render_table(metrics))

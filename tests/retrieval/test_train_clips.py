@@ -74,6 +74,23 @@ def test_a_run(root: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     assert again == pytest.approx(metrics["test"])
 
 
+def test_what_is_ranked_is_computed_in_float32(root: Path, tmp_path: Path) -> None:
+    """Whatever the training's precision: the cosines of the report against those of CLIP's towers without autocast."""
+    run = train(config(root, tmp_path, "trainer.precision=bfloat16", "trainer.stages.regularize.epochs=1"))
+    assert run.read_json("run.json")["precision"] == "bfloat16"
+    splits, model, captions = restore(run.path)
+    data, retrieved = splits["test"], run.read_json("retrieved.json")
+    with torch.no_grad():
+        clips = [model.collate_visual([data.visual(item)]) for item in range(len(data))]
+        visual = torch.cat([model.encode_visual(**clip) for clip in clips])
+        text = torch.cat([model.encode_text(torch.tensor([ids])) for ids in captions["test"].ids])
+    cosines = text.double() @ visual.double().T
+    for query in retrieved["queries"]:
+        row = cosines[data.captions.index(query["query"])]
+        for result in query["results"]:
+            assert result["score"] == pytest.approx(float(row[result["item"]]), abs=1e-5)
+
+
 def test_clips_without_frames_train_and_are_counted(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
