@@ -90,6 +90,19 @@ def test_resora_comes_in_a_second_stage_like_the_first(column: str, tmp_path: Pa
     assert control["trainer"] == config["trainer"]
 
 
+def test_the_readmes_commands() -> None:
+    text = (CONF.parents[1] / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python scripts/train_retrieval\.py (table1=.*)", text, re.MULTILINE)
+    experiments = [Experiment.of(compose("train_retrieval", command.split())) for command in commands]
+    on_test = [each for each in experiments if each.data_options.get("validation") == "test"]
+    assert [(len(each.recipe.stages), each.recipe.selection) for each in on_test] == [(1, "validation")]
+    started = [each for each in experiments if each.start_from]  # where the row without ReSoRA has its run
+    assert [each.start_from for each in started] == [
+        each.runs.joinpath(*each.levels[:-2], "none", each.levels[-1]) for each in started
+    ]
+    assert len(experiments) == 5 and len(started) == 1
+
+
 # What trains, in millions, where it is not the published number: the header names it and says why.
 OTHERWISE = {
     "flickr30k_full": 109.69,  # published: BERT with its pooler, which we leave out, and without the head
