@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -89,13 +90,14 @@ def capture(
         captured.open = True
         stack.callback(captured.close)
         yield captured
+    places = cache(_places)  # of each mask once: a device is asked for their number, and waited for
     with_graph = {(recording.layer, recording.role) for recording in recordings if recording.has_graph}
     for recording in recordings:
         if not recording.has_graph and (recording.layer, recording.role) in with_graph:
             continue
         if recording.repeated:
             found[recording.layer].replay(recording.role, recording.activations)
-        activations = recording.samples(samples)
+        activations = recording.samples(samples, places)
         key = f"{recording.layer}.{recording.role}"
         if (earlier := captured.get(key)) is not None:
             activations = torch.cat([earlier.activations, activations])
@@ -118,19 +120,24 @@ class _Recording(NamedTuple):
     repeated: bool
     """In the backward pass, by reentrant gradient checkpointing (see `regularizers.reentrant`)."""
 
-    def samples(self, kind: str) -> Tensor:
-        """(N, r): one row for each real token, or for each item its mean over them."""
+    def samples(self, kind: str, places: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """(N, r): one row for each real token, or for each item its mean over them. `places`: see `_places`."""
         activations = self.activations if self.scale == 1.0 else self.activations * self.scale
         if kind == "tokens" or len(self.shape) < 2:
             rows = activations.reshape(-1, activations.shape[-1])
-            return rows if self.mask is None else rows[self.mask.reshape(-1)]
+            return rows if self.mask is None else rows.index_select(0, places(self.mask, kind).to(rows.device))
         items = activations.reshape(*self.shape, -1)
         if self.mask is None:
             return items.flatten(1, -2).mean(dim=1)
-        weight = self.mask.to(items.dtype)[..., None]
-        real = weight.sum(dim=1)
-        means = (items * weight).sum(dim=1) / real.clamp(min=1)
-        return means[real.squeeze(1) > 0]  # an item of padding alone is none
+        weight = self.mask.to(items)[..., None]  # the mask may be on another device
+        means = (items * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        return means.index_select(0, places(self.mask, kind).to(means.device))
+
+
+def _places(mask: Tensor, kind: str) -> Tensor:
+    """Which tokens of a mask (batch, length), counted through, or which of its items have a real token."""
+    real = mask.reshape(-1) if kind == "tokens" else mask.any(dim=1)  # an item of padding alone is none
+    return real.nonzero().squeeze(1)
 
 
 def layer_pattern(layers: str | None) -> re.Pattern[str]:

@@ -30,12 +30,21 @@ class Padding:
 
     Attributes:
         masks: innermost last.
+        read: what each mask that was handed from module to module says, so that it is one mask to all of their layers.
         texts: the prefix of a tower's layers -> which of the token ids that it embedded last are real.
     """
 
     def __init__(self) -> None:
         self.masks: list[Masks] = []
+        self.read: dict[Any, tuple[Tensor, Tensor]] = {}
         self.texts: dict[str, Tensor] = {}
+
+    def real(self, given: Tensor, meaning: Callable[[Tensor], Tensor]) -> Tensor:
+        """`meaning(given)`, True at real tokens: the same tensor while one module is running."""
+        key = id(given), meaning
+        if key not in self.read:
+            self.read[key] = given, meaning(given)  # the first is held, so that its id stays its own
+        return self.read[key][1]
 
     def mask_of(self, name: str, shape: torch.Size) -> Tensor | None:
         """The mask of the input of layer `name`, of this shape without its channels; None if all is real.
@@ -64,7 +73,7 @@ class Padding:
         if encoder is None:
             return mask
         own_tokens = torch.ones_like(encoder) if mask is None else mask
-        if found is not None and not torch.equal(own_tokens, encoder):
+        if found is not None and not torch.equal(own_tokens, encoder.to(own_tokens.device)):
             raise ValueError(
                 f"{name} may see the tokens of the module's own mask or those of the encoder's, which have the same "
                 "length; leave it out with capture(model, layers=PATTERN)"
@@ -81,7 +90,7 @@ def watch_padding(model: nn.Module, layers: Collection[str]) -> Iterator[Padding
             function = getattr(module.forward, "__func__", None)  # none where an instance brings its own forward
             signature = _signature(function) if function else inspect.signature(module.forward)
             if _takes_mask(signature):
-                push, pop = _hooks(padding.masks, signature, bound=function is not None)
+                push, pop = _hooks(padding, signature, bound=function is not None)
                 stack.callback(module.register_forward_pre_hook(push, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(pop, always_call=True).remove)
             if (embedding := _text_embedding(module)) is not None:
@@ -118,7 +127,7 @@ def _takes_mask(signature: inspect.Signature) -> bool:
 
 
 def _hooks(
-    masks: list[Masks], signature: inspect.Signature, bound: bool
+    padding: Padding, signature: inspect.Signature, bound: bool
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """What is called before and after a module's forward pass: its masks are added, and taken away."""
     pushed: list[bool] = []
@@ -128,33 +137,38 @@ def _hooks(
         if args:
             called = signature.bind_partial(*((module, *args) if bound else args), **kwargs).arguments
         in_hugging_face = "attention_mask" in signature.parameters
-        found = _attention_masks(called) if in_hugging_face else _padding_masks(module, called, masks)
+        found = _attention_masks(called, padding) if in_hugging_face else _padding_masks(module, called, padding)
         pushed.append(found is not None)
         if found is not None:
-            masks.append(found)
+            padding.masks.append(found)
 
     def pop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if pushed.pop():
-            masks.pop()
+            padding.masks.pop()
+        if not padding.masks:
+            padding.read.clear()  # a caller may fill the same tensor anew
 
     return push, pop
 
 
-def _attention_masks(called: Mapping[str, Any]) -> Masks | None:
+def _attention_masks(called: Mapping[str, Any], padding: Padding) -> Masks | None:
     """Of a call in the manner of transformers: nonzero is real. None where it tells nothing."""
     mask, encoder = called.get("attention_mask"), called.get("encoder_attention_mask")
-    given = encoder.bool() if isinstance(encoder, Tensor) and encoder.dim() == 2 else None
+    given = padding.real(encoder, Tensor.bool) if isinstance(encoder, Tensor) and encoder.dim() == 2 else None
     if mask is None:
         inputs = (called.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         return Masks(next((tensor.shape[:2] for tensor in inputs if isinstance(tensor, Tensor)), None), given)
     # Of another kind, (batch, 1, length, length) say, it tells nothing: what a module further out has counts.
-    return Masks(mask.bool(), given) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return Masks(padding.real(mask, Tensor.bool), given)
 
 
-def _padding_masks(module: Any, called: Mapping[str, Any], masks: list[Masks]) -> Masks | None:
+def _padding_masks(module: Any, called: Mapping[str, Any], padding: Padding) -> Masks | None:
     """Of a call in the manner of torch: True, or -inf, is padding. None where it tells nothing."""
     given = next((called[name] for name in OWN_PADDING if called.get(name) is not None), None)
-    own, encoder = (None if mask is None else _real(mask) for mask in (given, called.get(ENCODERS_PADDING)))
+    both = (given, called.get(ENCODERS_PADDING))
+    own, encoder = (None if mask is None else padding.real(mask, _not_padding) for mask in both)
     if own is None and encoder is None:
         return None
     crossed = "query" in called and called["query"] is not called.get("key")
@@ -164,10 +178,10 @@ def _padding_masks(module: Any, called: Mapping[str, Any], masks: list[Masks]) -
     inputs: Tensor = next(called[name] for name in ("query", "tgt") if name in called)
     batch_first = getattr(module, "batch_first", True)
     all_real = inputs.shape[:2] if batch_first else inputs.shape[:2][::-1]
-    return Masks(masks[-1].own if masks else all_real, own if crossed else encoder)
+    return Masks(padding.masks[-1].own if padding.masks else all_real, own if crossed else encoder)
 
 
-def _real(padding: Tensor) -> Tensor:
+def _not_padding(padding: Tensor) -> Tensor:
     return padding == 0 if padding.dtype == torch.bool else ~padding.isneginf()
 
 

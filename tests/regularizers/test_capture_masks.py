@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertModel,
@@ -79,6 +80,83 @@ def test_an_item_of_padding_alone_has_no_mean() -> None:
     with capture(bert, samples="mean") as subspaces:
         bert(input_ids=ids, attention_mask=mask)
     assert {len(pair.activations) for pair in subspaces.values()} == {1}
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(("samples", "rows"), [("tokens", 8), ("mean", 2)])
+def test_a_mask_may_be_on_another_device_than_the_layer(samples: str, rows: int) -> None:
+    """As where a `device_map` spreads the layers over several."""
+    with torch.device("meta"):
+        model, inputs = get_peft_model(Masked(), LoraConfig(r=2, target_modules=["layer"])), torch.ones(3, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+    with capture(model, samples=samples) as subspaces:
+        model(inputs, attention_mask=mask)
+    (pair,) = subspaces.values()
+    assert pair.activations.device.type == "meta" and pair.activations.shape == (rows, 2)
+
+
+class Nonzeros(TorchDispatchMode):
+    """How often a mask is turned into places, for which an accelerator has to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        boolean = function is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self.count += boolean or function is torch.ops.aten.nonzero.default
+        return function(*args, **(kwargs or {}))
+
+
+def bert(layers: int) -> nn.Module:
+    config = BertConfig(vocab_size=50, **SMALL | {"num_hidden_layers": layers})
+    return inject(BertModel(config, add_pooling_layer=False), LoRA(rank=2))
+
+
+def torchs_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    return get_peft_model(encoder, LoraConfig(r=2, target_modules=["linear1", "linear2"]))
+
+
+REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+ONES = torch.ones(2, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize("samples", ["tokens", "mean"])
+@pytest.mark.parametrize(
+    ("model", "inputs", "masks"),
+    [
+        (bert(3), {"input_ids": torch.zeros_like(REAL), "attention_mask": REAL}, 1),
+        (t5(), {"input_ids": torch.ones_like(REAL), "attention_mask": REAL, "labels": ONES}, 1),
+        (torchs_encoder(), {"src": torch.randn(2, 5, 16), "src_key_padding_mask": REAL == 0}, 1),
+    ],
+    ids=["bert", "t5", "torch"],
+)
+def test_of_each_mask_the_places_are_found_once(model: nn.Module, inputs: Any, masks: int, samples: str) -> None:
+    with Nonzeros() as plain:
+        model(**inputs)
+    with Nonzeros() as nonzeros, capture(model, samples=samples) as subspaces:
+        model(**inputs)
+    assert len(subspaces) > masks
+    assert nonzeros.count - plain.count == masks
+
+
+def test_a_mask_that_is_filled_anew_between_two_passes_is_read_anew() -> None:
+    model, mask = bert(1), REAL.clone()
+    with capture(model) as subspaces:
+        model(input_ids=torch.zeros_like(mask), attention_mask=mask)
+        mask[0, 1:] = 0
+        model(input_ids=torch.zeros_like(mask), attention_mask=mask)
+    assert {len(pair.activations) for pair in subspaces.values()} == {8 + 4}
 
 
 # ---- what is refused
