@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_classification.py`
 
+import evaluate as evaluate_command
 import train_classification
 
 from adapters import load
@@ -82,6 +83,12 @@ def test_lora_with_the_penalty(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert evaluate(model, splits["test"]) == pytest.approx(metrics["test"], rel=1e-4)
     correct = accuracy_score(data.labels[data.splits["test"]], predict(model, splits["test"]).argmax(1))
     assert metrics["test"]["accuracy"] == pytest.approx(100 * correct)
+
+    # So does the command, from the folder.
+    again = tmp_path / "again.json"
+    evaluate_command.main({"run": str(folder), "split": "test", "root": None, "output": str(again)})
+    assert f"{metrics['test']['accuracy']:.1f}" in capsys.readouterr().out
+    assert json.loads(again.read_text())["test"] == pytest.approx(metrics["test"], rel=1e-6)
 
     # Both stages ran, the second with the penalty; each epoch was validated.
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

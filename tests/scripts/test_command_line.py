@@ -124,16 +124,14 @@ def test_a_mistake_as_it_is_launched(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_evaluating_what_is_no_retrieval_run_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_evaluating_what_is_no_run_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     def refused(message: str, **config: str | None) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             evaluate.main({"run": str(tmp_path), "split": "test", "root": None, "output": None} | config)
 
     refused("holds no run.json and config.yaml: expected the folder of a finished run")
-    RunFolder(tmp_path).write_json("run.json", {"data": {"name": "digits"}})
-    (tmp_path / "config.yaml").touch()
-    refused("is a run on digits, which is no retrieval data")
     RunFolder(tmp_path).write_json("run.json", {"data": {"name": "openmoji"}})
+    (tmp_path / "config.yaml").touch()
     refused("its folder does not exist", output=str(tmp_path / "nowhere" / "metrics.json"))
     refused("split is 'dev'", split="dev")
 
