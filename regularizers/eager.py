@@ -50,6 +50,7 @@ class _WithGradients(torch.autograd.Function):
                 torch.cat(found) if needed and found[0] is not None else None
                 for needed, found in zip(ctx.needs_input_grad[1:], gradients, strict=True)
             ]
+            ctx.dtypes = activations.dtype, basis.dtype
             ctx.save_for_backward(*saved)
             return torch.cat(values)
 
@@ -57,4 +58,17 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         factor = gradient[:, None, None]
-        return None, *(None if saved is None else (factor * saved).to(saved.dtype) for saved in ctx.saved_tensors)
+        return None, *(
+            None if saved is None else (factor * saved).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+
+
+def kept(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient as it waits for the backward pass: in its argument's type `dtype`, in whose range it is cut to lie.
+
+    That of a float16 argument waits in float32: it may be smaller than float16 has a place for, and the loss scale that
+    makes it larger comes in the backward pass.
+    """
+    largest = torch.finfo(dtype).max
+    return gradient.clamp(-largest, largest).to(torch.float32 if dtype == torch.float16 else dtype)

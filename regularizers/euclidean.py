@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regularizers.eager import ValueAndGradients, with_gradients
+from regularizers.eager import ValueAndGradients, kept, with_gradients
 
 CHUNK = 1 << 19  # elements of (pairs, samples) at a time: they stay in the processor's cache
 LARGEST = 1e18  # length of a feature whose square still has a place in float32
@@ -89,7 +89,7 @@ def _euclidean(activations: Tensor, basis: Tensor, beta: float) -> ValueAndGradi
     scale = 2 * beta / max(count, 1)
     gradient = -to_activations.to(exact) * (scale * layers.peak * steepest)
     to_basis = (products.to(exact) * (scale * layers.peak**2)) @ vectors
-    return totals / max(count, 1), _finite(gradient, activations.dtype), _finite(to_basis, basis.dtype)
+    return totals / max(count, 1), kept(gradient, activations.dtype), kept(to_basis, basis.dtype)
 
 
 def _pairs(rank: int, dtype: torch.dtype, device: torch.device) -> _Pairs:
@@ -158,8 +158,3 @@ def _closeness(lengths: Tensor, layers: _Layers, pairs: _Pairs) -> Tensor:
 def _or_one(tensor: Tensor) -> Tensor:
     """1 in place of what is not positive, to divide by."""
     return tensor.where(tensor > 0, torch.ones_like(tensor))
-
-
-def _finite(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = torch.finfo(dtype).max
-    return gradient.clamp(-largest, largest).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regularizers.columns import sum_of_pairs
-from regularizers.eager import ValueAndGradients, with_gradients
+from regularizers.eager import ValueAndGradients, kept, with_gradients
 from regularizers.median import median_pair
 
 SPACING = 0.55  # of the bumps, in bandwidths: relative error of the kernel 2 exp(-pi^2 / (2 spacing^2)) = 2e-7
@@ -92,9 +92,7 @@ def _nonlinear(activations: Tensor, _: Tensor, sigma_fraction: float) -> ValueAn
     to_values.scatter_add_(1, order.gather(1, upper), to_median)
     to_values.scatter_add_(1, order.gather(1, lower), -to_median)
     gradient = (to_values * alive).to(torch.float64 if activations.device.type != "mps" else values.dtype) / largest
-    limit = torch.finfo(activations.dtype).max
-    gradient = gradient.clamp(-limit, limit).to(activations.dtype)
-    return value, gradient.view(layers, rank, count).mT, None
+    return value, kept(gradient, activations.dtype).view(layers, rank, count).mT, None
 
 
 def _kernel_alignment(values: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:

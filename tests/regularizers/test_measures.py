@@ -186,6 +186,17 @@ def test_defined_everywhere(name: str, dtype: torch.dtype, case: str) -> None:
         assert torch.isfinite(gradient).all()
 
 
+def test_a_loss_scale_protects_the_gradient_of_half_precision() -> None:
+    """A gradient of 3e-8 has no digits left in float16; 65536 times as large, as under a GradScaler, it has its own."""
+    activations = draw(4096, 8, 8, seed=0, dtype=torch.float16)[0]
+    basis = (1e-4 * draw(1, 8, 8, seed=1)[1].detach()).float().requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (activations, basis)]
+    (expected,) = gradients(equations.equation_5(*exact), exact[0])
+    (found,) = gradients(euclidean(activations, basis) * 65536, activations)
+    assert found.dtype == torch.float16
+    assert (found.double() / 65536 - expected).norm() < 0.01 * expected.norm()
+
+
 MAGNITUDES = (0.0, 1e-30, 1e-18, 1e-6, 1e-3, 1.0, 1e4, 1e15, 1e30)
 
 
