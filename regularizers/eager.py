@@ -13,6 +13,12 @@ ValueAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
 """A scalar for each of L layers (L,), its gradients to activations (L, N, r) and basis (L, r, d_out); None for zero."""
 
 TOGETHER = 1 << 20  # activations of the layers that are handed over at once: a bound on the memory of their copies
+LARGER = 8  # times as many elements at once on an accelerator: no cache to stay in, but each operation is launched
+
+
+def at_once(elements: int, device: torch.device) -> int:
+    """How many elements to take at a time where it is `elements` on a CPU."""
+    return elements if device.type == "cpu" else LARGER * elements
 
 
 def with_gradients(
@@ -43,8 +49,8 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, function: Callable[[Tensor, Tensor], ValueAndGradients], activations: Tensor, basis: Tensor
     ) -> Tensor:
         with torch.autocast(activations.device.type, enabled=False):
-            at_once = max(1, TOGETHER // max(1, activations[0].numel()))
-            groups = zip(activations.split(at_once), basis.split(at_once), strict=True)
+            layers = max(1, at_once(TOGETHER, activations.device) // max(1, activations[0].numel()))
+            groups = zip(activations.split(layers), basis.split(layers), strict=True)
             values, *gradients = zip(*(function(*group) for group in groups), strict=True)
             saved = [
                 torch.cat(found) if needed and found[0] is not None else None

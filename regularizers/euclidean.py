@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regularizers.eager import ValueAndGradients, kept, with_gradients
+from regularizers.eager import ValueAndGradients, at_once, kept, with_gradients
 
-CHUNK = 1 << 19  # elements of (pairs, samples) at a time: they stay in the processor's cache
+CHUNK = 1 << 19  # elements of (pairs, samples) at a time: they stay in a CPU's cache
 LARGEST = 1e18  # length of a feature whose square still has a place in float32
 
 
@@ -82,8 +82,8 @@ def _euclidean(activations: Tensor, basis: Tensor, beta: float) -> ValueAndGradi
     steepest = _or_one(gram.abs().amax(dim=(1, 2)))[:, None, None]
     layers = _layers(activations, gram, (gram / steepest).to(result), pairs, beta)
 
-    at_once = max(1, CHUNK // max(1, len(pairs.i) * count))
-    groups = zip(*(field.split(at_once) for field in layers), strict=True)
+    together = max(1, at_once(CHUNK, activations.device) // max(1, len(pairs.i) * count))
+    groups = zip(*(field.split(together) for field in layers), strict=True)
     sums = zip(*(_sums(_Layers(*group), pairs) for group in groups), strict=True)
     totals, products, to_activations = (torch.cat(parts) for parts in sums)
     scale = 2 * beta / max(count, 1)
@@ -130,7 +130,8 @@ def _sums(layers: _Layers, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
     total = layers.gram_own.new_zeros(len(layers.peak))
     products = layers.gram_own.new_zeros(len(layers.peak), len(pairs.of_i), len(pairs.of_i))
     to_activations = []
-    for chunk in layers.activations.split(max(1, CHUNK // max(len(pairs.i), 1)), dim=1):
+    samples = max(1, at_once(CHUNK, total.device) // max(len(pairs.i), 1))
+    for chunk in layers.activations.split(samples, dim=1):
         scaled = chunk.mT.to(exact)  # (L, r, samples)
         unit = (scaled / layers.peak).to(result)
         close = _closeness((scaled * layers.stretch).to(result), layers, pairs)  # (L, P, samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regularizers import REGULARIZERS, cosine, euclidean, linear, nonlinear, overlap
+from regularizers.eager import at_once
 from regularizers.median import median_pair
 
 CLOSED_AND_NAIVE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -195,6 +197,24 @@ def test_a_loss_scale_protects_the_gradient_of_half_precision() -> None:
     (found,) = gradients(euclidean(activations, basis) * 65536, activations)
     assert found.dtype == torch.float16
     assert (found.double() / 65536 - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["euclidean", "nonlinear"])
+def test_how_much_is_computed_at_once_moves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [draw(60, 4, 6, seed) for seed in range(4)]
+    activations, basis = (torch.stack(tensors).detach().requires_grad_() for tensors in zip(*layers, strict=True))
+    found = []
+    for size in (100, 700, 1 << 22):  # parts of a layer, some layers, all of them
+        monkeypatch.setattr("regularizers.eager.TOGETHER", size)
+        monkeypatch.setattr(sys.modules["regularizers.euclidean"], "CHUNK", size)
+        value = MEASURES[name](activations, basis)
+        found.append([value.detach(), *gradients(value.sum(), activations, basis)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_an_accelerator_is_given_more_at_once() -> None:
+    assert [at_once(100, torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [100, 800, 800]
 
 
 MAGNITUDES = (0.0, 1e-30, 1e-18, 1e-6, 1e-3, 1.0, 1e4, 1e15, 1e30)
