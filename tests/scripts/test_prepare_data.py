@@ -148,7 +148,7 @@ def test_few_shot_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 @pytest.mark.parametrize("name", ["vtab", "few_shot"])
 def test_the_configuration_is_what_the_data_set_takes(name: str) -> None:
-    for command, more, subset in (("prepare_data", [], 0), ("train_classification", ["seed=2"], 2)):
+    for command, more, subset in (("prepare_data", [], 0), ("train_classification", ["seed=2", "model=vit_b16"], 2)):
         settings = compose(command, [f"data={name}", "root=/somewhere", *more])["data"]
         assert settings["root"] == "/somewhere" and settings.get("subset_seed", subset) == subset
         settings = {key: value for key, value in settings.items() if key not in ("name", "prepare")}
