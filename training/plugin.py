@@ -119,6 +119,8 @@ class ReSoRAMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the trainer does, with the mean of each noted part of the loss since the last time.
 
+        All processes log a loss of training at the same step, and its parts are averaged over them as it is.
+
         Raises:
             RuntimeError: if a loss of training is logged, and the regularizer's penalty was never part of one.
         """
@@ -130,10 +132,19 @@ class ReSoRAMixin:
                     "(model) as subspaces:` around the forward pass, then `loss = self.penalised(loss, model, "
                     "subspaces)`"
                 )
-            logs |= {self.part_prefix + name: float(p.total) / p.batches for name, p in self._noted.items()}
+            logs |= self._over_processes(
+                {self.part_prefix + name: float(p.total) / p.batches for name, p in self._noted.items()}
+            )
             self._noted = {}
         base: Any = super()
         base.log(logs, *args, **kwargs)
+
+    def _over_processes(self, parts: dict[str, float]) -> dict[str, float]:
+        """The means of these numbers over the processes, which all have the same parts."""
+        if self.accelerator.num_processes == 1 or not parts:
+            return parts
+        own = torch.tensor(list(parts.values()), device=self.accelerator.device)
+        return dict(zip(parts, self.accelerator.reduce(own, reduction="mean").tolist(), strict=True))
 
 
 class _FollowSchedule(TrainerCallback):

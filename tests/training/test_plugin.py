@@ -220,3 +220,27 @@ def test_an_adapters_penalty_is_averaged_over_accumulated_batches(tmp_path: Path
             (part,) = adapter.loss_parts(trainer.model).values()
     assert losses[0] - losses[2] == pytest.approx(float(part), rel=1e-4)
     assert losses[1] - losses[3] == pytest.approx(float(part) / 2, rel=1e-4)
+
+
+class _TwoProcesses:
+    """What accelerate is to one of two processes, of which the other has parts of three times the size."""
+
+    num_processes = 2
+    device = torch.device("cpu")
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        assert reduction == "mean"
+        return torch.stack([tensor, 3 * tensor]).mean(dim=0)
+
+
+def test_parts_are_logged_as_means_over_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the loss is; a log of anything else is that of one process, and must wait for none."""
+    trainer = ReSoRATrainer(model=peft_model(), args=arguments(tmp_path))
+    monkeypatch.setattr(trainer, "accelerator", _TwoProcesses())
+    for value in (1.0, 2.0):
+        trainer.note({"first": torch.tensor(value), "second": torch.tensor(10 * value)})
+    trainer.log({"eval_loss": 0.5})
+    trainer.log({"loss": 7.0})
+    assert "first" not in trainer.state.log_history[0]
+    logged = trainer.state.log_history[1]
+    assert {name: logged[name] for name in ("loss", "first", "second")} == {"loss": 7.0, "first": 3.0, "second": 30.0}
