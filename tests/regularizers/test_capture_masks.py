@@ -28,6 +28,7 @@ from transformers import (
 
 from adapters import LoRA, inject
 from regularizers import ReSoRA, capture
+from regularizers.padding import Masks, Padding
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -101,6 +102,13 @@ def test_a_mask_may_be_on_another_device_than_the_layer(samples: str, rows: int)
         model(inputs, attention_mask=mask)
     (pair,) = subspaces.values()
     assert pair.activations.device.type == "meta" and pair.activations.shape == (rows, 2)
+
+
+def test_masks_on_two_devices_are_compared_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "equal", lambda one, other: one.device == other.device)  # meta tensors have no values
+    padding = Padding()
+    padding.masks.append(Masks(torch.ones(2, 5, dtype=torch.bool, device="meta"), torch.ones(2, 5, dtype=torch.bool)))
+    assert padding.mask_of("layer", torch.Size([2, 5])) is not None
 
 
 class Nonzeros(TorchDispatchMode):
