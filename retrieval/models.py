@@ -13,10 +13,12 @@ from retrieval.clip4clip import CLIP4Clip
 from retrieval.data import RetrievalDataset
 from retrieval.model import RetrievalModel
 from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
+from training.choose import check_types
 
 
 def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: Any) -> tuple[RetrievalModel, Any]:
     """VSE-infinity on region features, with the text encoder `text` (see `bert`)."""
+    check_types("model.", VSEInfinityConfig, sizes)
     encoder, tokenizer = bert(text, cache)
     return VSEInfinity(encoder, data.visual(0).shape[-1], VSEInfinityConfig(**sizes)), tokenizer
 
@@ -118,7 +120,8 @@ def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path
     """Build the model that `settings` name for `data`: (model in evaluation mode, tokenizer).
 
     Raises:
-        ValueError: if the model is unknown or takes another kind of visual input than the data holds.
+        ValueError: if the model is unknown or takes another kind of visual input than the data holds, or a setting is
+            of another type.
     """
     settings = dict(settings)
     holds = "frames" if data.visual(0).ndim == 4 else "regions"
@@ -126,4 +129,5 @@ def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     if (takes := VISUAL_KINDS[name]) != holds:
         raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use {FITTING[holds]}")
+    check_types("model.", MODELS[name], settings)
     return MODELS[name](data, cache, **settings)

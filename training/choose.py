@@ -6,9 +6,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
+PLAIN = {str: "a word", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
 
 
 def choose(kind: str, known: Mapping[str, Callable[..., T]], settings: Mapping[str, Any]) -> T:
@@ -40,3 +42,17 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
         raise ValueError(f"unknown {kind} {name!r}{hint} choose from {', '.join(known)}")
+
+
+def check_types(prefix: str, of: Any, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each setting has the type that `of`, a class or a function, declares for its name.
+
+    Only `PLAIN` types are checked. A whole number is a number, too; true is none.
+    """
+    declared = get_type_hints(of)
+    for name, value in settings.items():
+        kind = declared.get(name)
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if not fits and PLAIN.keys() >= set(kinds):
+            raise ValueError(f"{prefix}{name} is {value!r}; expected {' or '.join(PLAIN[kind] for kind in kinds)}")

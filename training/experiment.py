@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from adapters import ADAPTERS, Adapter
 from regularizers import ReSoRA
-from training.choose import check_name, choose
+from training.choose import check_name, check_types, choose
 from training.hardware import check_hardware
 from training.optimizers import LearningRates
 from training.run import Unrestorable
@@ -107,6 +107,7 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
             "too; both runs need trainer.restart=true"
         )
     check_hardware(trainer["threads"], trainer["precision"])
+    check_types("", BaseExperiment, {"seed": config["seed"]})
     data.pop("prepare", None)  # how the data were made is checked by their fingerprint
     return {
         "data": data.pop("name"),
@@ -126,26 +127,30 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
 
 def _recipe(trainer: Mapping[str, Any]) -> Recipe:
     """The group trainer of a configuration, without the stages of no epochs."""
+    trained = {name: settings for name, settings in trainer["stages"].items() if settings["epochs"] != 0}
+    own = {
+        key: trainer[key]
+        for key in (
+            "batch_size",
+            "optimizer",
+            "warmup",
+            "max_grad_norm",
+            "selection",
+            "evaluate_every",
+            "restart",
+            "chunk_size",
+            "workers",
+        )
+    }
+    own["save_minutes"] = trainer.get("save_minutes")  # runs of earlier versions have none
+    check_types("trainer.", Recipe, own)
+    check_types("trainer.rates.", LearningRates, trainer["rates"])
+    for name, settings in trained.items():
+        check_types(f"trainer.stages.{name}.", Stage, settings)
     return Recipe(
-        stages=tuple(
-            Stage(name=name, **settings) for name, settings in trainer["stages"].items() if settings["epochs"] != 0
-        ),
+        stages=tuple(Stage(name=name, **settings) for name, settings in trained.items()),
         rates=LearningRates(**trainer["rates"]),
         schedule=choose("schedule", SCHEDULES, trainer["schedule"]),
-        **{
-            key: trainer[key]
-            for key in (
-                "batch_size",
-                "optimizer",
-                "warmup",
-                "max_grad_norm",
-                "selection",
-                "evaluate_every",
-                "restart",
-                "chunk_size",
-                "workers",
-            )
-        },
-        save_minutes=trainer.get("save_minutes"),  # runs of earlier versions have none
         report_to=tuple(trainer["report_to"]),
+        **own,
     )

@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
 
@@ -19,6 +21,7 @@ from adapters import ADAPTERS
 from classification.experiment import Experiment as Classification
 from regularizers import REGULARIZERS
 from retrieval.experiment import Experiment as Retrieval
+from retrieval.models import build_model
 from training.schedules import SCHEDULES
 
 
@@ -90,6 +93,17 @@ def composed() -> list[tuple[Any, dict[str, Any]]]:
         ({"trainer.restart": False, "start_from": "runs/other"}, "both runs need trainer.restart=true"),
         ({"trainer.precision": "bf16"}, "precision is 'bf16'; expected one of float32, bfloat16"),
         ({"trainer.threads": 0}, "threads is 0; expected at least 1"),
+        ({"trainer.batch_size": "x"}, r"trainer\.batch_size is 'x'; expected a whole number$"),
+        ({"trainer.batch_size": True}, r"trainer\.batch_size is True; expected a whole number$"),
+        ({"trainer.warmup": "1O"}, r"trainer\.warmup is '1O'; expected a number$"),
+        ({"trainer.chunk_size": "no"}, r"trainer\.chunk_size is 'no'; expected a whole number or null$"),
+        ({"trainer.restart": "never"}, r"trainer\.restart is 'never'; expected true or false$"),
+        ({"trainer.rates.head": "fast"}, r"trainer\.rates\.head is 'fast'; expected a number$"),
+        (
+            {"trainer.stages.adapt.regularize": "x"},
+            r"trainer\.stages\.adapt\.regularize is 'x'; expected true or false$",
+        ),
+        ({"seed": 1.5}, r"seed is 1\.5; expected a whole number$"),
     ],
 )
 def test_what_cannot_be_run_is_refused(
@@ -98,6 +112,17 @@ def test_what_cannot_be_run_is_refused(
     for experiment, config in composed:
         with pytest.raises(ValueError, match=message):
             experiment.of(changed(config, changes))
+
+
+def test_sizes_of_a_model_are_numbers(tmp_path: Path) -> None:
+    for model, holds, size in (
+        ("vse_infty", torch.zeros(2, 3), "embed_dim"),
+        ("vse_infty", torch.zeros(2, 3), "text_buckets"),
+        ("clip4clip", torch.zeros(1, 3, 2, 2), "max_frames"),
+    ):
+        data = SimpleNamespace(name="some", visual=lambda index, holds=holds: holds)
+        with pytest.raises(ValueError, match=rf"model\.{size} is 'x'; expected a whole number$"):
+            build_model({"name": model, size: "x"}, cast(Any, data), tmp_path)
 
 
 def test_without_a_penalty_no_stage_has_to_regularize(composed: list[tuple[Any, dict[str, Any]]]) -> None:
