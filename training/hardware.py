@@ -71,15 +71,16 @@ def choose_hardware(threads: int | None = None, precision: str | None = None) ->
 
     bfloat16 is chosen only if it is at least 1.3 times faster: it also rounds. With an accelerator, and in each of
     several processes, which would time one another and may choose differently, nothing is measured: threads are torch's
-    own default, and the precision is bfloat16 where an accelerator has it.
+    own default, and the precision is bfloat16 where an accelerator has units for it.
 
     Raises:
         ValueError: as `check_hardware`.
     """
     check_hardware(threads, precision)
     if torch.accelerator.is_available() or process_count() > 1:
-        fast = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-        return Hardware(threads or torch.get_num_threads(), precision or fast)
+        # Older GPUs (T4, V100) emulate it, slowly.
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware(threads or torch.get_num_threads(), precision or ("bfloat16" if fast else "float32"))
 
     def cost(count: int, name: str) -> float:
         return _seconds(count, getattr(torch, name)) * (1.3 if name == "bfloat16" and precision is None else 1.0)
