@@ -40,7 +40,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         config: nested mapping with the groups data, model, adapter, regularizer, trainer (see `scripts/conf`).
 
     Returns:
-        The run's folder, with metrics.json and adapter.safetensors.
+        The run's folder, with metrics.json and adapter.safetensors. Of several processes the first one writes
+        them, and the others return before.
 
     Raises:
         ValueError, FileNotFoundError: for a bad configuration, before anything is written.
@@ -104,8 +105,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             after_stage=lambda: probed.append(heat_maps(probe(model, splits))),
             after_epoch=watch.tick,
         )
-    if is_first_process():
-        save(model, run.path / WEIGHTS)
+    if not is_first_process():  # the rest is for one alone; none waits, so that it may take its time
+        return run
+    save(model, run.path / WEIGHTS)
 
     with clock(run, "evaluate"):
         ends = ("validation", "test") if validation else ("test",)

@@ -45,7 +45,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         config: nested mapping with the groups data, model, loss, adapter, regularizer, trainer (see `scripts/conf`).
 
     Returns:
-        The run's folder, with metrics.json, adapter.safetensors and report.html.
+        The run's folder, with metrics.json, adapter.safetensors and report.html. Of several processes the first one
+        writes them, and the others return before.
 
     Raises:
         ValueError, FileNotFoundError: for a bad configuration or data that is not prepared, before anything is written.
@@ -123,8 +124,9 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             after_stage=lambda: probed.append(heat_maps(probe(model, splits[held_out], captions[held_out]))),
             after_epoch=watch.tick,
         )
-    if is_first_process():
-        save(model, run.path / WEIGHTS)
+    if not is_first_process():  # the rest is for one alone; none waits, so that it may take its time
+        return run
+    save(model, run.path / WEIGHTS)
 
     with clock(run, "evaluate"):
         metrics: dict[str, Any] = {}
@@ -138,9 +140,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
             metrics["validation_is"] = "test"  # for who reads the numbers alone
         metrics |= record_redundancy(run, probed)
     run.finish(metrics)  # from here on the run is finished: nothing for people may lose its numbers
-    if is_first_process():
-        save_showcase(run, test, encoded)
-        write_report(run.path)
+    save_showcase(run, test, encoded)
+    write_report(run.path)
     return run
 
 

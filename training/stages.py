@@ -22,11 +22,16 @@ from training.choose import check_name
 from training.hardware import Hardware, check_devices, compute_device, process_count
 from training.log import Progress, WriteLog, log_records
 from training.optimizers import OPTIMIZERS, LearningRates, build_optimizer
-from training.run import WEIGHTS, RunFolder
+from training.run import WEIGHTS, RunFolder, is_first_process
 from training.schedules import Cosine, Schedule, Span, scheduler
 from training.trainer import AdapterTrainer, latest_checkpoint
 
 SELECTIONS = ("last", "validation")
+PATIENCE = 6 * 3600
+"""Seconds that a GPU's process waits for the first one, which evaluates alone; torch's half an hour may be too short.
+
+On CPUs it stays at that, since transformers does not hand it on. A process that dies is noticed at once, by torchrun.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +186,12 @@ def run_stages(
                 save(model, folder / WEIGHTS)
                 run.write_json(f"checkpoints/{stage.name}/history.json", history)
             trainer.accelerator.wait_for_everyone()  # the first process has written what the next stage starts from
-        else:
-            load(model, folder / WEIGHTS)
+        load(model, folder / WEIGHTS)  # trained just now, too: each process has statistics of a batch norm of its own
         records += log_records(stage.name, history)
         first_epoch += stage.epochs
         after_stage()
-    run.write_lines("log.jsonl", records)
+    if is_first_process():
+        run.write_lines("log.jsonl", records)
 
 
 def _optimizer(
@@ -222,8 +227,10 @@ def _arguments(
         dataloader_drop_last=True,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies from pinned memory hold nothing up
         max_grad_norm=recipe.max_grad_norm,
         bf16=hardware.precision == "bfloat16",
+        ddp_timeout=PATIENCE,
         use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bfloat16 without an accelerator
         logging_steps=5,
         eval_strategy="epoch" if metric else "no",

@@ -8,17 +8,18 @@ from time import monotonic
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters import load, save
 from regularizers import Captured, ReSoRA
 from training.chunked import check_chunkable, chunked_backward
+from training.hardware import process_count
 from training.plugin import ReSoRAMixin
 from training.run import WEIGHTS
 
-LAST_WRITTEN = "trainer_state.json"  # of a checkpoint: where it is missing, the writer was killed
+LAST_WRITTEN = "trainer_state.json"  # of a checkpoint, by the first process: where it is missing, that was killed
 
 
 class ObjectiveTrainer(Trainer):
@@ -61,7 +62,8 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         objective: (what the model returns, epochs since the first stage began) -> named parts of the loss; they are
             summed.
         regularizer: a penalty on the subspaces of each training step, or None.
-        evaluator: model -> metrics, run at the end of each epoch; logged with the prefix "eval_". Or None.
+        evaluator: model -> metrics, run at the end of each epoch in the first process; logged with the prefix "eval_".
+            Or None.
         first_epoch: epochs that earlier stages trained.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         chunk_size: items of a batch that go through the model at a time (see `training.chunked`), or None for all.
@@ -118,6 +120,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
 
         return chunked_backward(model, self._prepare_inputs(inputs), self.chunk_size, whole, self.regularizer)
 
+    # Before the backward pass: behind it, the other processes would have these gradients, and make a step with them.
     def _check_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {float(part.last)}" for name, part in self._noted.items())
@@ -127,10 +130,16 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
             )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Run the evaluator on the unwrapped model and log its metrics."""
+        """Run the evaluator on the unwrapped model of the first process and log its metrics in each.
+
+        Its statistics of a batch norm are those that are saved, and one score is what all choose the best epoch by. The
+        others wait, up to `training.stages.PATIENCE`.
+        """
         assert self.evaluator is not None
-        model = self.accelerator.unwrap_model(self.model)
-        metrics = {f"eval_{name}": value for name, value in self.evaluator(model).items()}
+        first = self.is_world_process_zero()
+        found = self.evaluator(self.accelerator.unwrap_model(self.model)) if first else {}
+        (found,) = broadcast_object_list([found])
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -211,6 +220,8 @@ class _KeepInRange(TrainerCallback):
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a stage; a half-written one (its writer was killed) is passed over."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / LAST_WRITTEN).is_file()]
+    """The newest complete checkpoint of a stage; a half-written one (a process was killed) is passed over."""
+    count = process_count()  # each of several writes the state of its random numbers, and none waits for the others
+    names = [LAST_WRITTEN, *(f"rng_state_{number}.pth" for number in range(count) if count > 1)]
+    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in names)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -57,7 +57,9 @@ def config(root: Path, runs: Path, *more: str) -> dict[str, Any]:
     return plain
 
 
-def test_vtab_trains_on_all_images_and_looks_at_the_test_after_each_stage(root: Path, tmp_path: Path) -> None:
+def test_vtab_trains_on_all_images_and_looks_at_the_test_after_each_stage(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = config(root, tmp_path, "data=vtab")
     run = train(asked)
     assert run.path == tmp_path / "classification/vtab-cifar/vit_b16/lora/linear/seed1"
@@ -91,6 +93,14 @@ def test_vtab_trains_on_all_images_and_looks_at_the_test_after_each_stage(root: 
     assert "after" not in alone.read_json("metrics.json")
     gone_on = train(config(root, tmp_path / "on", "data=vtab", f"start_from={alone.path}"))
     assert gone_on.read_json("metrics.json") == metrics
+
+    # Of several processes the second one, when all is trained, writes nothing.
+    (gone_on.path / "metrics.json").unlink()
+    own = [gone_on.path / name for name in ("log.jsonl", "redundancy.json", "adapter.safetensors")]
+    written = [path.stat().st_mtime_ns for path in own]
+    monkeypatch.setenv("RANK", "1")
+    assert not train(config(root, tmp_path / "on", "data=vtab", f"start_from={alone.path}")).finished
+    assert [path.stat().st_mtime_ns for path in own] == written
 
 
 def test_a_configuration_of_another_version(root: Path, tmp_path: Path) -> None:

@@ -36,6 +36,17 @@ def test_a_run_goes_on_and_is_evaluated_where_its_data_are(
     shutil.copytree(scenes, first, symlinks=True)
     whole = train(config(first, tmp_path / "whole"))
 
+    # Of several processes the second one, when all is trained, writes nothing.
+    numbers = whole.read_json("metrics.json")
+    (whole.path / "metrics.json").unlink()
+    own = [whole.path / name for name in ("log.jsonl", "redundancy.json", "adapter.safetensors", "report.html")]
+    written = [path.stat().st_mtime_ns for path in own]
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        assert not train(config(first, tmp_path / "whole")).finished
+    assert [path.stat().st_mtime_ns for path in own] == written
+    whole.write_json("metrics.json", numbers)
+
     def interrupted(clock: Clock) -> None:
         if clock.part == "train":
             raise KeyboardInterrupt

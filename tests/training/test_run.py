@@ -148,8 +148,11 @@ def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_several_processes_do_not_time_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.hardware._seconds", None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    expected = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    assert choose_hardware() == Hardware(torch.get_num_threads(), expected)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capable, expected in ((True, "bfloat16"), (False, "float32")):  # an A100; a T4, which emulates it
+        answer = lambda including_emulation=True, capable=capable: including_emulation or capable  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+        assert choose_hardware() == Hardware(torch.get_num_threads(), expected)
 
 
 def test_the_device_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +172,20 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         if complete:
             (folder / "trainer_state.json").write_text("{}")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_that_one_of_several_processes_has_not_written_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step, written in ((5, (0, 1)), (10, (0,)), (15, (1,))):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", *(f"rng_state_{number}.pth" for number in written)):  # as transformers does
+            (folder / name).touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_hardware_is_what_is_asked_for_or_measured() -> None:

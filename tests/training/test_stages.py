@@ -71,8 +71,8 @@ def test_a_run_that_is_saved_inside_an_epoch_resumes_to_the_same_bits(tmp_path: 
         Recipe(stages=tiny.STAGES, save_minutes=0)
 
 
-def test_two_processes_go_on_from_the_same_optimiser(tmp_path: Path) -> None:
-    """The first process alone writes it, and is late: the other has to wait."""
+def test_two_processes_have_one_optimiser_one_score_and_one_best_epoch(tmp_path: Path) -> None:
+    """The first process alone writes, and is late: the other has to wait. It alone evaluates, too."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [tiny.__file__, str(tmp_path), "0", "lora", "False"]
     done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=240)
@@ -82,6 +82,16 @@ def test_two_processes_go_on_from_the_same_optimiser(tmp_path: Path) -> None:
     for name, parameter in first.items():
         assert torch.equal(second[name], parameter), name
     assert [line["epoch"] for line in lines(tmp_path) if "validation" in line] == [1, 2, 1, 2, 3]
+
+    first, second = (torch.load(tmp_path / f"apart{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["reported"] == second["reported"]
+    assert [metrics["eval_rsum"] for metrics in first["reported"]] == [5, 1, 2, 4, 3], "what the first one found"
+    logged = [line["validation"] for line in lines(tmp_path / "apart") if "validation" in line]
+    assert [score["mean"] for score in logged] == [metrics["eval_mean"] for metrics in first["reported"]]
+    kept = load_file(tmp_path / "apart/checkpoints/regularize/adapter.safetensors")
+    assert float(kept["head.1.running_mean"].sum()) == first["reported"][3]["eval_mean"], "the best epoch"
+    for name, tensor in kept.items():  # with the statistics of the batch norm
+        assert torch.equal(first["weights"][name], tensor) and torch.equal(second["weights"][name], tensor), name
 
 
 def test_stages_train_with_and_without_the_penalty_and_are_logged(tmp_path: Path) -> None:
@@ -215,6 +225,30 @@ def test_gradients_reach_the_optimizer_with_the_norm_that_was_asked_for(
     monkeypatch.setattr("training.stages.build_optimizer", observed)
     tiny.train(tmp_path, max_grad_norm=0.01)
     assert norms == pytest.approx([0.01] * 20, rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_size: int | None
+) -> None:
+    """In step 6 of 4 an epoch, before the backward pass, whose gradients DistributedDataParallel would hand round."""
+    monkeypatch.setattr("training.trainer.check_chunkable", lambda model: None)  # it has a batch norm
+    models, backward = list[nn.Module](), list[int]()
+
+    def evaluator(model: nn.Module) -> dict[str, float]:
+        models.append(model)
+        return {"rsum": 1.0}
+
+    def objective(output: torch.Tensor, epoch: float) -> dict[str, torch.Tensor]:
+        output.register_hook(lambda gradient: backward.append(len(gradient)))
+        factor = float("nan") if epoch == 5 / 4 else 1.0
+        return {"squares": output.square().mean() * factor, "other": output.new_ones(())}
+
+    with pytest.raises(FloatingPointError, match=r"step 5 is not finite: squares nan, other 1\.0; lower the learning"):
+        tiny.train(tmp_path, objective=objective, evaluator=evaluator, chunk_size=chunk_size)
+    assert backward == [5] * 5
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
+    assert [path.name for path in tmp_path.glob("checkpoints/*/checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_too_little_data_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
