@@ -27,6 +27,7 @@ def choose(kind: str, known: Mapping[str, Callable[..., T]], settings: Mapping[s
         inspect.signature(build).bind(**settings)
     except TypeError as error:
         raise ValueError(f"{kind}={name} does not take these settings: {error}") from None
+    check_types(f"{kind}.", build, settings)
     try:
         return build(**settings)
     except TypeError as error:
@@ -45,11 +46,12 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_types(prefix: str, of: Any, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each setting has the type that `of`, a class or a function, declares for its name.
+    """Raise ValueError unless each setting has the type that `of`, a dataclass, class or function, declares for it.
 
     Only `PLAIN` types are checked. A whole number is a number, too; true is none.
     """
-    declared = get_type_hints(of)
+    has_constructor = inspect.isclass(of) and not is_dataclass(of)  # a dataclass declares its settings itself
+    declared = get_type_hints(of.__init__ if has_constructor else of)
     for name, value in settings.items():
         kind = declared.get(name)
         kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)

@@ -36,6 +36,11 @@ def test_a_setting_that_there_is_not(settings: dict, message: str) -> None:
     assert choose("model", {"model": model}, {"name": "model", "size": 1, "depth": 2}) == 3
 
 
-def test_a_setting_of_a_type_that_cannot_be_checked() -> None:
-    with pytest.raises(ValueError, match=r"adapter=lora does not take a setting of this type: .*not supported"):
-        choose("adapter", ADAPTERS, {"name": "lora", "rank": "four"})
+def test_a_setting_of_another_type() -> None:
+    for kind, known, settings, message in (
+        ("adapter", ADAPTERS, {"name": "lora", "rank": "four"}, r"adapter\.rank is 'four'; expected a whole number$"),
+        ("model", {"model": model}, {"name": "model", "size": 1.5}, r"model\.size is 1\.5; expected a whole number$"),
+        ("adapter", ADAPTERS, {"name": "lora", "targets": 3}, r"adapter=lora does not take a setting of this type: .*"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose(kind, known, settings)
