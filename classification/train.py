@@ -22,6 +22,7 @@ from training.hardware import check_devices
 from training.record import (
     PROBE,
     PROBED_AT_ONCE,
+    VALIDATED_ON_TEST,
     clock,
     describe,
     hardware_for,
@@ -69,6 +70,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
     run.begin(config)
     if experiment.start_from:
         run.adopt_stage(first_stage, experiment.start_from)
+    as_prior_work = experiment.data_options.get("validation") == "test"
     hardware = hardware_for(run, experiment)
     describe(
         run,
@@ -82,6 +84,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         preprocessing=data.preprocessing
         + ("" if data.augmentation == "none" else f"; in training {data.augmentation} instead"),
         metric="accuracy",
+        selected_on=VALIDATED_ON_TEST if as_prior_work else "validation",
         frozen_elsewhere=model.frozen_parameters,
     )
     torch.set_num_threads(hardware.threads)
@@ -114,6 +117,8 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         metrics: dict[str, Any] = {name: evaluate(model, splits[name], precision=precision) for name in ends}
         metrics["chance"] = {name: chance_accuracy(len(data.classes)) for name in ends}
         metrics |= record_redundancy(run, probed)
+        if as_prior_work:
+            metrics["validation_is"] = "test"  # for who reads the numbers alone
         if after := after_earlier_stages(run, experiment, model, splits["test"], precision):
             metrics["after"] = after
     run.finish(metrics)

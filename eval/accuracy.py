@@ -54,7 +54,9 @@ def render_accuracy(metrics: Mapping[str, Any]) -> str:
     Args:
         metrics: as in `eval.tables.table_rows`.
     """
-    lines = [f"{'':<12}{'accuracy':>10}{'cross-entropy':>15}"]
-    for label, values in table_rows(metrics):
-        lines.append(f"{label:<12}{values['accuracy']:10.1f}{values['cross_entropy']:15.3f}")
+    rows = table_rows(metrics)
+    width = max(12, *(len(label) for label, _ in rows))
+    lines = [f"{'':<{width}}{'accuracy':>10}{'cross-entropy':>15}"]
+    for label, values in rows:
+        lines.append(f"{label:<{width}}{values['accuracy']:10.1f}{values['cross_entropy']:15.3f}")
     return "\n".join(lines)

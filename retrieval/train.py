@@ -27,6 +27,7 @@ from training.hardware import check_devices
 from training.record import (
     PROBE,
     PROBED_AT_ONCE,
+    VALIDATED_ON_TEST,
     clock,
     describe,
     hardware_for,
@@ -98,7 +99,7 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         },
         preprocessing=join_texts(data.preprocessing for data in splits.values()),
         metric="Rsum",
-        selected_on="the test split (data.validation=test, as in prior work)" if as_prior_work else "validation",
+        selected_on=VALIDATED_ON_TEST if as_prior_work else "validation",
     )
     torch.set_num_threads(hardware.threads)
     test = splits["test"]

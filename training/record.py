@@ -20,6 +20,7 @@ from training.run import RunFolder, environment, is_first_process
 
 PROBE = 128  # validation items on which redundancy is measured
 PROBED_AT_ONCE = 32
+VALIDATED_ON_TEST = "the test split (data.validation=test, as in prior work)"  # for `describe`
 
 
 def hardware_for(run: RunFolder, experiment: BaseExperiment) -> Hardware:

@@ -32,7 +32,7 @@ class ListedImages:
 
     Args:
         folder: where lists and images are.
-        lists: split -> label of its list; a split without one is empty.
+        lists: split -> label of its list; a split without one is empty, and two may have the same.
         preprocessing: of every image.
         augmentation: a key of `AUGMENTATIONS`.
         check_counts: refuse other numbers of lines and classes than the published ones. Without it there are as many
@@ -41,7 +41,7 @@ class ListedImages:
     Raises:
         FileNotFoundError: a list or an image is not there; the message says what to get.
         ValueError: for an unknown augmentation, a list that is not of its form or not as published, or an image in two
-            splits.
+            lists.
     """
 
     name: ClassVar[str]
@@ -63,8 +63,9 @@ class ListedImages:
             raise ValueError(f"data.augmentation is {augmentation!r}; choose from {', '.join(AUGMENTATIONS)}")
         read = folder.read(lists.values(), check_counts=check_counts)
         by_split = {split: read[lists[split]] for split in SPLITS if split in lists}
-        check_disjoint(list(by_split.values()))
-        for each in by_split.values():
+        different = [read[label] for label in dict.fromkeys(lists.values())]  # one list may be two splits
+        check_disjoint(different)
+        for each in different:
             if each.repeated:
                 warnings.warn(
                     f"{each.file}: {each.repeated} of {each.lines} lines repeat an earlier one; each of the "

@@ -83,6 +83,7 @@ class Vtab(ListedImages):
         dataset: a key of `VTAB_1K`.
         train: "train800val200": train on all 1,000 images, as published; the validation split is empty. "train800":
             on 800, and validate on the other 200, to choose settings.
+        validation: None, what `train` holds out; "test", the test split, on which FacT and NOAH choose the epoch.
         size: side in pixels.
         normalization: a key of `NORMALIZATIONS`.
         check_counts: refuse other numbers of images and classes than the published ones.
@@ -102,16 +103,20 @@ class Vtab(ListedImages):
         root: str | Path,
         dataset: str,
         train: str = "train800val200",
+        validation: str | None = None,
         size: int = 224,
         normalization: str = "half",
         check_counts: bool = True,
     ) -> None:
         if train not in PROTOCOLS:
             raise ValueError(f"data.train is {train!r}; choose from {', '.join(PROTOCOLS)}")
+        if validation not in (None, "test"):
+            raise ValueError(f"data.validation is {validation!r}; expected null or test, as prior work has it")
+        lists = PROTOCOLS[train] | ({} if validation is None else {"validation": validation})
         preprocessing = Preprocessing(size=size, normalization=normalization)
         self.dataset = dataset
         super().__init__(
-            vtab_folder(Path(root), dataset), PROTOCOLS[train], preprocessing=preprocessing, check_counts=check_counts
+            vtab_folder(Path(root), dataset), lists, preprocessing=preprocessing, check_counts=check_counts
         )
 
     @classmethod

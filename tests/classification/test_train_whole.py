@@ -22,6 +22,7 @@ from classification.evaluate import evaluate
 from classification.experiment import Experiment
 from classification.images import LabelledImages
 from classification.train import train
+from eval import render_accuracy
 from training import RunFolder
 from training.run import Unrestorable
 
@@ -123,6 +124,16 @@ def test_held_out_images_choose_the_epoch(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"selection=validation, but data=vtab .* \(data\.train=train800\)"):
         train(config(root, tmp_path / "other", "data=vtab", "trainer.selection=validation"))
     assert not (tmp_path / "other").exists()
+
+
+def test_selection_on_the_test_split_is_labelled(root: Path, tmp_path: Path) -> None:
+    as_prior_work = ("data.validation=test", "trainer.selection=validation", "adapter=linear", "regularizer=none")
+    run = train(config(root, tmp_path, "data=vtab", *as_prior_work))
+    metrics, selection = run.read_json("metrics.json"), run.read_json("run.json")["selection"]
+    assert metrics["validation"] == metrics["test"] and metrics["validation_is"] == "test"
+    assert selection.endswith("on the test split (data.validation=test, as in prior work)")
+    header, *lines = render_accuracy(metrics).splitlines()
+    assert lines[0].startswith("validation = test") and {len(line) for line in lines} == {len(header)}
 
 
 def test_a_few_shots(root: Path, tmp_path: Path) -> None:

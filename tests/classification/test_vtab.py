@@ -195,6 +195,13 @@ def test_a_repeated_line_is_told(mine: Path) -> None:
     assert len(data.splits["test"]) == 12
 
 
+def test_prior_works_validation_is_the_test_split(root: Path) -> None:
+    data = Vtab(root=root, validation="test", **TINY)
+    validation, test = (data.splits[name] for name in ("validation", "test"))
+    assert [data.files[index] for index in validation] == [data.files[index] for index in test] and len(test) == 12
+    assert (data.labels[validation] == data.labels[test]).all() and len(data.splits["train"]) == 24
+
+
 def test_what_is_missing_is_told(mine: Path, tmp_path: Path) -> None:
     (mine / "images" / "test" / "000003.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of the 12 images in .*test\.txt are not in .*000003\.jpg"):
@@ -211,6 +218,7 @@ def test_what_is_missing_is_told(mine: Path, tmp_path: Path) -> None:
     [
         ({"dataset": "cifar100"}, "unknown data.dataset 'cifar100'; did you mean 'cifar'?"),
         ({"train": "all"}, "data.train is 'all'; choose from train800val200, train800"),
+        ({"validation": "val200"}, "data.validation is 'val200'; expected null or test, as prior work has it"),
         ({"size": 0}, "data.size is 0"),
         ({"normalization": "clip"}, "data.normalization is 'clip'; choose from half, imagenet, none"),
         (
