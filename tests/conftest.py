@@ -17,7 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cache() -> Path:
     """Where the pretrained encoders are kept between test runs: $RESORA_CACHE, or data/cache in the repository."""
     default = Path(__file__).parents[1] / "data" / "cache"
-    return Path(os.environ.get("RESORA_CACHE", default))
+    folder = Path(os.environ.get("RESORA_CACHE", default))
+    folder.mkdir(parents=True, exist_ok=True)  # tests link to it, and a link to nothing cannot be filled
+    return folder
 
 
 @pytest.fixture(scope="session")
