@@ -11,9 +11,7 @@ from tqdm.auto import tqdm
 
 from eval.inputs import unit_rows
 
-CHUNK_SIZE = (
-    256  # queries at a time; working memory is about 5 bytes x CHUNK_SIZE x gallery: 640 MB for 500,000 captions
-)
+CHUNK_SIZE = 256  # queries at a time; working memory is about 5 bytes x CHUNK_SIZE x gallery
 TILE_SIZE = 256  # gallery rows that all queries of a chunk are scored against in turn: 1 MB at D = 1,024 stays in cache
 
 

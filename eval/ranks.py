@@ -96,9 +96,7 @@ def standings_of_scores(
         answers = scores[rows, pair_item[first:last]]  # (pairs of this chunk,)
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, rows, answers)
-        above[start:stop] = np.count_nonzero(
-            scores > best[:, None], axis=1
-        )  # all wrong: no right one is above the best
+        above[start:stop] = np.count_nonzero(scores > best[:, None], axis=1)  # none of them right: best is the maximum
         right[start:stop] = np.bincount(rows[answers == best[rows]], minlength=len(scores))
         wrong[start:stop] = np.count_nonzero(scores == best[:, None], axis=1) - right[start:stop]
     return Standings(above, wrong, right)
