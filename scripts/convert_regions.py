@@ -8,7 +8,8 @@
 
 `tsv` reads the files of bottom-up attention, with 36 or (--ragged) 10 to 100 boxes an image, as a stream. `captions`
 writes captions alone, for features that are there already: in the order of {split}_ids.txt beside them, or, where there
-is none, in the split file's order, with image numbers. A feature file appears when it is complete.
+is none, in the split file's order, with image numbers. A feature file appears when it is complete, and a second
+conversion into the same folder waits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from retrieval.regions.bottom_up import convert
 from retrieval.regions.karpathy import NUMBERS, Described, Karpathy, read_karpathy
 from retrieval.regions.pictures import write_mapping
 from retrieval.regions.precomputed import read_ids, write_texts
-from retrieval.regions.verify import refuse_to_replace, to_float16
+from retrieval.regions.verify import to_float16
+from retrieval.regions.writing import only_writer_of, refuse_to_replace, write_whole
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,13 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
 def from_tsv(arguments: argparse.Namespace) -> None:
     split_file = read_karpathy(arguments.karpathy, arguments.ids)
     output: Path = arguments.output
-    refuse_to_replace(output, [f"{split}_ims.npy" for split in split_file.splits])
-    output.mkdir(parents=True, exist_ok=True)
     numbers = {split: [image.number for image in images] for split, images in split_file.splits.items()}
-    done = convert(arguments.tsv, numbers, output, ragged=arguments.ragged, half=arguments.float16)
     files = ", ".join(path.name for path in arguments.tsv)
-    (output / SOURCE).write_text(f"converted from bottom-up attention's {files}\n", encoding="utf-8")
-    write_captions(split_file, output)
+    with only_writer_of(output, [f"{split}_ims.npy" for split in split_file.splits]):
+        done = convert(arguments.tsv, numbers, output, ragged=arguments.ragged, half=arguments.float16)
+        write_whole(output / SOURCE, f"converted from bottom-up attention's {files}\n")
+        write_captions(split_file, output)
     if done.repeated:
         print(f"{len(done.repeated)} images come again in the TSV files, the first is kept: {listed(done.repeated)}")
     if done.unused:

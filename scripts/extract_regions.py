@@ -21,11 +21,12 @@ import torch
 from mistakes import mistakes_in_one_line
 from PIL import Image
 
-from retrieval.data.flickr30k import SOURCE
+from retrieval.data.flickr30k import SOURCE, read_source
 from retrieval.regions.detector import BoxChoice, describe_detector, faster_rcnn, region_features
 from retrieval.regions.extraction import extract
 from retrieval.regions.karpathy import NUMBERS, read_karpathy
 from retrieval.regions.pictures import inside, write_mapping
+from retrieval.regions.writing import write_whole
 
 WIDTH = 1024  # of fc7
 
@@ -85,14 +86,15 @@ def extract_all(arguments: argparse.Namespace) -> None:
 
 def claim(output: Path, source: str, files: list[Path]) -> None:
     """Say in the output where its features come from; refuse a folder whose features come from elsewhere."""
-    path = output / SOURCE
-    earlier = path.read_text(encoding="utf-8").strip() if path.is_file() else "a source that it does not name"
+    earlier = read_source(output)
     if earlier != source and any(file.is_file() for file in files):
         raise ValueError(
-            f"{output} holds features from {earlier}, not from {source}; choose another --output, or delete them"
+            f"{output} holds features from {earlier or 'a source that it does not name'}, not from {source}; choose "
+            "another --output, or delete them"
         )
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(source + "\n", encoding="utf-8")
+    if earlier != source:
+        write_whole(output / SOURCE, source + "\n")
 
 
 def device(name: str) -> torch.device:

@@ -144,8 +144,8 @@ class PublishedRegions:
         else:
             boxes, width = str(self.features.shape[1]), self.features.shape[2]
         text = f"precomputed region features, {boxes} boxes an image, {width} numbers, {self.features.dtype.name}"
-        source = self.folder / SOURCE
-        return f"{text}; {source.read_text(encoding='utf-8').splitlines()[0]}" if source.is_file() else text
+        source = read_source(self.folder)
+        return f"{text}; {source}" if source else text
 
     @cached_property
     def fingerprint(self) -> str:
@@ -220,6 +220,12 @@ class PublishedRegions:
             )
 
 
+def read_source(folder: Path) -> str:
+    """Where the features of a folder come from: the first line of its `SOURCE`; "" where that is missing or empty."""
+    path = folder / SOURCE
+    return path.read_text(encoding="utf-8").partition("\n")[0].strip() if path.is_file() else ""
+
+
 def _reopen(kind: type[PublishedRegions], root: Path, split: str, *options: Any) -> PublishedRegions:
     return kind(root, split, **dict(zip(("dev_images", "counts", "pictures"), options, strict=True)))
 
@@ -242,7 +248,7 @@ class COCO(PublishedRegions):
     """COCO captions (Lin et al., 2014) in Karpathy's split, restval in train: 113,287 / 5,000 / 5,000 images.
 
     The test split is the whole "testall". Prior work also reports "1K" numbers, means over five folds of 1,000 images
-    of it, which are a good deal higher; they are not computed here.
+    of it, which are a good deal higher; `scripts/evaluate.py run=... folds=5` computes them from a run.
     """
 
     name = "coco"

@@ -78,12 +78,12 @@ def captions_of(folder: Path, videos: Sequence[str]) -> pd.DataFrame:
     """video_id, caption and sen_id of every sentence on `videos`, in the order of these, then of the file.
 
     Raises:
-        ValueError: the file is not of this form, or a video has no sentence.
+        ValueError: the file is not of this form, a video has no sentence, or a sentence of one is no text.
     """
     path = folder / DATA_FILE
     try:
         table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["sentences"])
-        table = table[["video_id", "caption", "sen_id"]].astype({"video_id": str, "caption": str, "sen_id": str})
+        table = table[["video_id", "caption", "sen_id"]].astype({"video_id": str, "sen_id": str})
     except (ValueError, KeyError, TypeError) as error:
         expected = '{"sentences": [{"sen_id": 0, "video_id": "video0", "caption": "..."}, ...]}'
         raise ValueError(
@@ -94,6 +94,7 @@ def captions_of(folder: Path, videos: Sequence[str]) -> pd.DataFrame:
     table = table[table["video_id"].isin(set(position))]
     if silent := position.keys() - set(table["video_id"]):
         raise ValueError(f"{path} has no sentence on {len(silent)} videos of the list, {min(silent)} for one")
+    _check_text(path, table)
     order = table["video_id"].map(position).argsort(kind="stable")
     return table.iloc[order].reset_index(drop=True)
 
@@ -188,6 +189,17 @@ def _table(path: Path, columns: list[str]) -> pd.DataFrame:
     if (twice := names[names.duplicated()]).size:
         raise ValueError(f"{path} names {twice.size} videos more than once, {twice.iloc[0]} for one")
     return table
+
+
+def _check_text(path: Path, pairs: pd.DataFrame) -> None:
+    """Raise a ValueError if a caption is null, missing or a number, which would become the text 'None' or 'nan'."""
+    owners = zip(pairs["video_id"], pairs["caption"], strict=True)
+    no_text = [video for video, caption in owners if not isinstance(caption, str)]
+    if no_text:
+        raise ValueError(
+            f"{path}: {len(no_text)} of {len(pairs)} sentences are no text, one on {no_text[0]} among them; write "
+            "what is missing, or replace the file with the published one"
+        )
 
 
 def _counted(name: str, pairs: pd.DataFrame, check: bool) -> pd.DataFrame:

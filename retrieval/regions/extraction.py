@@ -64,7 +64,8 @@ def extract(
 
     Raises:
         ValueError: the extraction was begun or finished in another way or for other pictures, pictures that were not
-            there when it finished are there now, a picture's name leads out of the folder, or no picture could be read.
+            there when it finished are there now, a picture's name leads out of the folder, no picture could be
+            read, or a picture's features are not finite (or too large for float16).
     """
     path, listed = folder / f"{split}_ims.npy", folder / f"{split}_unreadable.txt"
     settings = {"source": source, "half": half, "images": len(images), "pictures": _digest(images)}
@@ -91,7 +92,7 @@ def extract(
                     entry["unreadable"] = " ".join(f"{type(error).__name__}: {error}".split())
                 else:
                     features = features_of(pixels)
-                    file.write(row, features)
+                    _store(file, row, features, picture)
                     file.flush()
                     entry["boxes"] = len(features)
                     row += len(features)
@@ -121,6 +122,16 @@ def read_picture(path: Path) -> Image.Image:
     """A picture in RGB, turned as its EXIF data say."""
     with Image.open(path) as picture:
         return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def _store(file: FeatureFile, row: int, features: np.ndarray, picture: Path) -> None:
+    try:
+        file.write(row, features)
+    except ValueError as error:
+        raise ValueError(
+            f"the regions of {picture} cannot be stored: {error}; look at it and at the detector's weights. Launched "
+            "again, the extraction goes on with this picture, or without it once its file has been moved away"
+        ) from None
 
 
 def _digest(images: Sequence[Described]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from retrieval.regions.writing import write_whole
+
 
 class Journal:
     """The file beside `{split}_ims.npy.partial`, and what it says of each picture.
@@ -51,7 +53,7 @@ class Journal:
         while entries and (sum(entry["boxes"] for entry in entries) > rows or "unreadable" in entries[-1]):
             entries.pop()
         text = "".join(json.dumps(line) + "\n" for line in [self.settings, *entries])
-        self.path.write_text(text, encoding="utf-8")
+        write_whole(self.path, text)
         return entries
 
     def append(self, entry: dict[str, Any]) -> None:

@@ -49,8 +49,8 @@ def read_karpathy(path: Path, numbers: str = "imgid") -> Karpathy:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not of this format, an image has less than five captions or lacks the number, or two images
-            have the same one.
+        ValueError: it is not of this format, a caption is no text, an image has less than five captions or lacks the
+            number, or two images have the same one.
     """
     if numbers not in NUMBERS:
         raise ValueError(f"unknown numbers {numbers!r}; choose from {', '.join(NUMBERS)}")
@@ -62,16 +62,20 @@ def read_karpathy(path: Path, numbers: str = "imgid") -> Karpathy:
         if not images:
             raise ValueError("it names no image")
         splits: dict[str, list[Described]] = {}
-        left_out = 0
+        left_out, not_text = 0, list[str]()
         for image in images:
-            captions = [" ".join(str(sentence["raw"]).split()) for sentence in image["sentences"]]
+            given = [sentence["raw"] for sentence in image["sentences"]]
+            captions = [" ".join(str(caption).split()) for caption in given]
             left_out += max(len(captions) - CAPTIONS_PER_IMAGE, 0)
             split = SPLITS[image["split"]]
             file = "/".join(part for part in (image.get("filepath"), str(image["filename"])) if part)
+            not_text += [f"{caption!r} of {file}" for caption in given if not isinstance(caption, str)]
             if len(captions) < CAPTIONS_PER_IMAGE:
                 raise ValueError(f"{file} has {len(captions)} captions, expected {CAPTIONS_PER_IMAGE} or more")
             described = Described(_number(image, numbers), file, tuple(captions[:CAPTIONS_PER_IMAGE]))
             splits.setdefault("testall" if (name, split) == ("coco", "test") else split, []).append(described)
+        if not_text:
+            raise ValueError(f"{len(not_text)} captions are no text, {not_text[0]} for one; write what is missing")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} does not fit the format of Karpathy's split files: {what}") from None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from retrieval.regions.writing import write_whole
+
 MAPPING = "id_mapping.json"  # {"<number of the image>": "<its file>"}, as VSE-infinity publishes it
 SIDE = 96  # pixels of a placeholder, that of a report's thumbnails
 
@@ -31,7 +33,7 @@ def read_mapping(folder: Path) -> dict[int, str]:
 def write_mapping(folder: Path, names: Mapping[int, str]) -> None:
     """Write `id_mapping.json`: number of an image -> its file, from the folder of the pictures on."""
     text = json.dumps({str(number): name for number, name in names.items()}, ensure_ascii=False)
-    (folder / MAPPING).write_text(text, encoding="utf-8")
+    write_whole(folder / MAPPING, text)
 
 
 def find_picture(folder: Path, number: int, names: Mapping[int, str]) -> Path | None:

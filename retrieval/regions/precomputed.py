@@ -12,7 +12,6 @@ float16.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from retrieval.regions.ragged import Ragged
+from retrieval.regions.writing import write_whole
 
 CAPTIONS_PER_IMAGE = 5
 
@@ -75,10 +75,7 @@ def write_texts(folder: Path, split: str, captions: Sequence[str], ids: Sequence
     for kind, lines in (("caps", captions), ("ids", ids)):
         if lines is None:
             continue
-        path = Path(folder) / f"{split}_{kind}.txt"
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(Path(folder) / f"{split}_{kind}.txt", "".join(f"{line}\n" for line in lines))
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -123,9 +120,10 @@ def _read_features(path: Path) -> np.ndarray | Ragged:
 
 
 def _read_lines(path: Path) -> list[str]:
-    # not str.splitlines: it also breaks at U+2028 and U+0085, which captions from the web do hold
+    # not str.splitlines: it also breaks at U+2028 and U+0085, which captions from the web do hold; -sig: some
+    # editors begin a file with a byte-order mark
     try:
-        return [line.strip() for line in path.read_bytes().removesuffix(b"\n").decode("utf-8").split("\n")]
+        return [line.strip() for line in path.read_bytes().removesuffix(b"\n").decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -13,6 +13,7 @@ from retrieval.data.verification import SplitCount, Verification
 from retrieval.regions.feature_file import FeatureFile
 from retrieval.regions.pictures import find_picture, read_mapping
 from retrieval.regions.precomputed import Precomputed, open_npy, read_precomputed
+from retrieval.regions.writing import only_writer_of
 
 SAMPLES = 256  # images of a split whose features are looked at
 NAMED = 3  # images that a problem names
@@ -103,31 +104,24 @@ def to_float16(source: Path, output: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: `source` holds no feature files.
-        ValueError: `output` has some already, or a number is too large for float16.
+        ValueError: `output` has them already (see `only_writer_of`), or a number is too large for float16.
     """
     files = sorted(source.glob("*_ims.npy"))
     if not files:
         raise FileNotFoundError(f"{source} holds no features; expected files such as train_ims.npy")
-    refuse_to_replace(output, [path.name for path in files])
-    output.mkdir(parents=True, exist_ok=True)
-    for path in [*source.glob("*.txt"), *source.glob("*.json"), *source.glob("*_offsets.npy")]:
-        shutil.copyfile(path, output / path.name)
-    for path in files:
-        features = open_npy(path)
-        rows = features.reshape(-1, features.shape[-1])
-        step = max(BLOCK // (rows.shape[1] * rows.itemsize), 1)
-        with (
-            FeatureFile(output / path.name, rows.shape[1], half=True) as file,
-            tqdm(total=len(rows), desc=path.name, unit="region", unit_scale=True) as bar,
-        ):
-            for start in range(0, len(rows), step):
-                file.write(start, rows[start : start + step])
-                bar.update(min(step, len(rows) - start))
-            file.finish(features.shape)
+    with only_writer_of(output, [path.name for path in files]):
+        for path in [*source.glob("*.txt"), *source.glob("*.json"), *source.glob("*_offsets.npy")]:
+            shutil.copyfile(path, output / path.name)
+        for path in files:
+            features = open_npy(path)
+            rows = features.reshape(-1, features.shape[-1])
+            step = max(BLOCK // (rows.shape[1] * rows.itemsize), 1)
+            with (
+                FeatureFile(output / path.name, rows.shape[1], half=True) as file,
+                tqdm(total=len(rows), desc=path.name, unit="region", unit_scale=True) as bar,
+            ):
+                for start in range(0, len(rows), step):
+                    file.write(start, rows[start : start + step])
+                    bar.update(min(step, len(rows) - start))
+                file.finish(features.shape)
     return [output / path.name for path in files]
-
-
-def refuse_to_replace(folder: Path, names: list[str]) -> None:
-    """Raise ValueError if a file is there already: nobody's features are overwritten."""
-    if there := [name for name in names if (folder / name).exists()]:
-        raise ValueError(f"{folder} already holds {', '.join(there)}; delete them, or choose another --output")

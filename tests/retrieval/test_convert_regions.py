@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tsv_files import SPLITS, WIDTH, regions, row, write_karpathy, write_tsv
 
 from retrieval.regions.bottom_up import convert
 from retrieval.regions.karpathy import read_karpathy
@@ -18,37 +18,6 @@ from retrieval.regions.verify import to_float16
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import convert_regions
-
-WIDTH = 6
-SPLITS = {"train": [11, 4], "dev": [9], "test": [2]}
-
-
-def regions(number: int, boxes: int = 3) -> np.ndarray:
-    return np.random.default_rng(number).random((boxes, WIDTH)).astype("<f4")
-
-
-def row(number: int, features: np.ndarray) -> list[str]:
-    boxes = np.zeros((len(features), 4), dtype="<f4")
-    coded = [base64.b64encode(array.tobytes()).decode() for array in (boxes, features)]
-    return [str(number), "640", "480", str(len(features)), *coded]
-
-
-def write_tsv(path: Path, rows: list[list[str]]) -> Path:
-    """As bottom-up attention's own script writes it: the csv module with tabs and its default line end."""
-    with path.open("w", newline="") as file:
-        csv.writer(file, delimiter="\t").writerows(rows)
-    return path
-
-
-def write_karpathy(path: Path, name: str = "flickr30k") -> Path:
-    def image(imgid: int, split: str, captions: int = 5, **more: object) -> dict:
-        sentences = [{"raw": f" Caption {n}\nof {imgid} . ", "tokens": [], "sentid": n} for n in range(captions)]
-        return {"imgid": imgid, "filename": f"{100 + imgid}.jpg", "split": split, "sentences": sentences, **more}
-
-    more = {"filepath": "val2014", "cocoid": 77} if name == "coco" else {}
-    images = [image(11, "train"), image(2, "test", 6, **more), image(4, "restval" if name == "coco" else "train")]
-    path.write_text(json.dumps({"dataset": name, "images": [*images, image(9, "val")]}))
-    return path
 
 
 def test_karpathy_splits(tmp_path: Path) -> None:
@@ -82,6 +51,12 @@ def test_karpathy_files_of_another_form_are_refused(tmp_path: Path) -> None:
     content["images"][0]["sentences"].pop()
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"111\.jpg has 4 captions, expected 5 or more"):
+        read_karpathy(path)
+    content = json.loads(write_karpathy(path).read_text())
+    content["images"][0]["sentences"][2]["raw"] = None
+    content["images"][1]["sentences"][0]["raw"] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"2 captions are no text, None of 111\.jpg for one"):
         read_karpathy(path)
     content = json.loads(write_karpathy(path).read_text())
     content["images"][1]["imgid"] = 11

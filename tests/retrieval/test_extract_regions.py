@@ -1,29 +1,20 @@
-"""Region features of many pictures: across kills and broken files, and as a command."""
+"""Region features of many pictures: across kills and broken files."""
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from pictures import picture
+from pictures import Killed, killed_while_writing, picture, write_pictures
 from PIL import Image
-from torch import nn
 
 from retrieval.regions.extraction import extract
 from retrieval.regions.karpathy import Described
 from retrieval.regions.pictures import inside
 from retrieval.regions.precomputed import read_precomputed
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import extract_regions
-
-SIZE = 64  # pixels; the published detectors take 800
 
 
 def described(count: int, first: int = 0) -> list[Described]:
@@ -61,9 +52,7 @@ def interrupted(folder: Path, after: int) -> list[int]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    for number in range(6):
-        picture(number, width=20 + 10 * number).save(tmp_path / f"{number}.png")
-    return tmp_path
+    return write_pictures(tmp_path)
 
 
 def test_a_killed_extraction_goes_on_and_gives_the_same_file(pictures: Path) -> None:
@@ -195,94 +184,30 @@ def test_pictures_may_be_links(pictures: Path, tmp_path_factory: pytest.TempPath
             inside(links, name)
 
 
-# ---- the command
+def test_a_second_kill_while_the_journal_is_read_loses_nothing(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = interrupted(pictures, after=3)
+    journal = pictures / "dev_ims.npy.journal"
+    before = journal.read_text()
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Path, "write_text", killed_while_writing)
+        run_extraction(pictures)
+    assert journal.read_text() == before
+    later: list[int] = []
+    run_extraction(pictures, lambda image: (later.append(image.width), mean_colours(image))[1])
+    assert seen + later == [20, 30, 40, 50, 60, 70]
 
 
-def write_split_file(path: Path, captions: int = 5) -> Path:
-    splits = ["train", "train", "val", "test"]
-    images = [
-        {
-            "imgid": n,
-            "filename": f"{n}.png",
-            "split": split,
-            "sentences": [{"raw": f"{n} {m}"} for m in range(captions)],
-        }
-        for n, split in enumerate(splits)
-    ]
-    path.write_text(json.dumps({"dataset": "flickr30k", "images": images}))
-    return path
+@pytest.mark.parametrize(("value", "half"), [(np.nan, False), (np.inf, False), (70000.0, True)])
+def test_the_picture_whose_features_cannot_be_stored_is_named(pictures: Path, value: float, half: bool) -> None:
+    def features(image: Image.Image) -> np.ndarray:
+        found = mean_colours(image)
+        if image.width == 50:
+            found[0, 1] = value
+        return found
 
-
-@pytest.mark.parametrize("given", [None, "cpu"])
-def test_the_device(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
-    moved: list[torch.device] = []
-
-    class Model(nn.Module):
-        def to(self, device: torch.device) -> Model:
-            moved.append(device)
-            return self
-
-    monkeypatch.setattr(extract_regions, "faster_rcnn", lambda weights, size: Model())
-    monkeypatch.setattr(extract_regions, "region_features", lambda *_: np.ones((36, 1024), np.float32))
-    files = {"images": pictures, "karpathy": write_split_file(tmp_path / "split.json"), "output": tmp_path / "out"}
-    arguments = ["--random-weights", *(part for name, path in files.items() for part in (f"--{name}", str(path)))]
-    extract_regions.main([*arguments, *([] if given is None else ["--device", given])])
-    assert moved == [torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))]
-
-
-def test_devices_that_are_not_there(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    common = ["--images", "a", "--karpathy", "b", "--output", "c", "--random-weights"]
-    for name, message in (("gpu", "'gpu' is no device of torch"), ("cuda", "torch sees no CUDA device")):
-        with pytest.raises(SystemExit, match="2"):
-            extract_regions.main([*common, "--device", name])
-        assert message in capsys.readouterr().err
-
-
-def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    split_file = write_split_file(tmp_path / "split.json")
-    output = tmp_path / "out"
-
-    def run(*arguments: object, images: Path = pictures, size: int = SIZE) -> None:
-        common = ("--images", images, "--karpathy", split_file, "--output", output, "--size", size, "--boxes", 4)
-        extract_regions.main([*map(str, common), *map(str, arguments)])
-
-    run("--random-weights")
-    assert read_precomputed(output, "train").features.shape == (2, 4, 1024)
-    assert "train: 2 images, 0 unreadable" in capsys.readouterr().out
-    assert "fc7 of the 4 best boxes, 64 px, random weights" in (output / "source.txt").read_text()
-    for arguments, changed, message in (
-        ((), {}, "give the detector's --weights FILE, or --random-weights"),
-        (("--random-weights",), {"images": output}, "none of 4 pictures is in --images"),
-        (("--random-weights",), {"size": 2 * SIZE}, "holds features from torchvision Faster R-CNN"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            run(*arguments, **changed)
-        printed = capsys.readouterr().err
-        assert message in printed and len(printed.strip().splitlines()) == 1
-    assert extract_regions.parser().format_help().count("python scripts/extract_regions.py ") >= 2
-
-
-def test_what_is_left_out_is_said(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said_at_the_start: list[str] = []
-
-    def features(*_: object) -> np.ndarray:
-        said_at_the_start.append(capsys.readouterr().out)
-        return np.ones((36, 1024), np.float32)
-
-    monkeypatch.setattr(extract_regions, "faster_rcnn", lambda weights, size: nn.Identity())
-    monkeypatch.setattr(extract_regions, "region_features", features)
-    (pictures / "1.png").unlink()
-    split_file = write_split_file(tmp_path / "split.json", captions=6)
-    files = ["--images", str(pictures), "--karpathy", str(split_file), "--output", str(tmp_path / "out")]
-    extract_regions.main(["--random-weights", *files])
-    assert f"1 of 4 pictures are not in {pictures}, 1.png for one" in said_at_the_start[0]
-    assert "4 captions beyond the fifth of an image were left out" in capsys.readouterr().out
-    (tmp_path / "out" / "train_ims.npy").rename(tmp_path / "out" / "train_ims.npy.journal")
-    for split in ("dev", "test"):
-        (tmp_path / "out" / f"{split}_ims.npy").unlink()
-    with pytest.raises(SystemExit, match="2"):
-        extract_regions.main(["--random-weights", "--size", "90", *files])
-    assert "holds features from" in capsys.readouterr().err, "one that is begun is not given another source"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the regions of .*3\.png cannot be stored: features hold a NaN"):
+            run_extraction(pictures, features, half=half)
+    (pictures / "3.png").unlink()  # as the message says
+    assert [item.file for item in run_extraction(pictures, features, half=half)] == ["3.png"]
+    assert read_precomputed(pictures, "dev").ids.tolist() == [50, 51, 52, 54, 55]

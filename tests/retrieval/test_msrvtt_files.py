@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_files_of_another_form(sound: Path, tmp_path: Path, file: str, content: 
     (tmp_path / "msrvtt" / file).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         MSRVTT(tmp_path, "train", **{**SMALL, "validation": 1})
+
+
+def test_captions_that_are_no_text_are_refused(sound: Path, tmp_path: Path) -> None:
+    """They became "None" and "nan", and trained."""
+    shutil.copytree(sound / "msrvtt", tmp_path / "msrvtt")
+    path = tmp_path / "msrvtt" / "MSRVTT_data.json"
+    content = json.loads(path.read_text())
+    of_train = [sentence for sentence in content["sentences"] if sentence["video_id"] in TRAIN]
+    of_train[0]["caption"], of_train[9]["caption"] = None, 7
+    del of_train[20]["caption"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"MSRVTT_data\.json: 3 of 120 sentences are no text, one on video0 among"):
+        MSRVTT(tmp_path, "train", **SMALL)
 
 
 def test_published_counts(sound: Path) -> None:

@@ -120,6 +120,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read_precomputed(tmp_path, "dev")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    """As Notepad writes it."""
+    write_split(tmp_path, "dev", features_of(4), [f"caption {number}" for number in range(20)])
+    for kind in ("caps", "ids"):
+        path = tmp_path / f"dev_{kind}.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    read = read_precomputed(tmp_path, "dev")
+    assert read.captions[0] == "caption 0" and read.ids.tolist() == [0, 1, 2, 3]
+
+
 # ---- memory
 
 
