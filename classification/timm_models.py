@@ -63,7 +63,7 @@ def timm_classifier(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: for an unknown architecture or pool, or weights of another architecture.
+        ValueError: for an unknown architecture or pool, or weights that cannot be read or are of another architecture.
     """
     if not timm.is_model(architecture):
         close = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:5])
@@ -94,7 +94,8 @@ def load_weights(model: Any, path: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file lacks something of the model, or holds more than its head.
+        ValueError: the file is damaged or a pickle of more than tensors, lacks something of the model, or holds more
+            than its head.
     """
     architecture = model.pretrained_cfg["architecture"]
     if not path.is_file():
@@ -109,10 +110,18 @@ def load_weights(model: Any, path: Path) -> None:
             model.load_pretrained(str(path))
         except (KeyError, AssertionError, RuntimeError) as error:
             raise _another(path, architecture, error) from error
+        except Exception as error:  # zipfile and zlib have errors of their own for a damaged file
+            raise _unreadable(path, error) from error
         return
     renamed = getattr(sys.modules[model_entrypoint(architecture).__module__], "checkpoint_filter_fn", None)
-    state = load_state_dict(str(path), weights_only=True)
-    state = renamed(state, model) if renamed else state
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # so have safetensors, torch and pickle
+        raise _unreadable(path, error) from error
+    try:
+        state = renamed(state, model) if renamed else state
+    except Exception as error:  # timm looks for the places of what it renames
+        raise _another(path, architecture, error) from error
     classifier = model.pretrained_cfg["classifier"]
     head = (f"{classifier}.", "head.weight", "head.bias", "pre_logits.", "head_dist.")
     own = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
@@ -127,3 +136,11 @@ def load_weights(model: Any, path: Path) -> None:
 
 def _another(path: Path, architecture: str, why: object) -> ValueError:
     return ValueError(f"{path} does not hold the weights of {architecture}: {' '.join(str(why).split())}")
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    first = str(error).partition("\n")[0].partition(". ")[0]  # what follows is advice for who calls torch
+    return ValueError(
+        f"{path} cannot be read as weights ({type(error).__name__}: {first}); if it is cut off or damaged, get it "
+        "again; a pickle that holds more than tensors is not opened, take its state dict or a .safetensors file"
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapters import ADAPTERS, DTL, LoRA, inject, trainable_parameters
 from classification.models import build_model
-from classification.timm_models import ImageClassifier
+from classification.timm_models import ImageClassifier, load_weights
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"vit_b16": VIT, "swin_b": "swin_tiny_patch4_window7_224", "convnext_b": "convnext_tiny"}
@@ -133,6 +133,35 @@ def test_wrong_files_are_told(tmp_path: Path) -> None:
     for name, told in (("less", "missing norm.bias"), ("more", "not known there blocks.12"), ("wider", "cls_token")):
         with pytest.raises(ValueError, match=rf"{name}\.safetensors does not hold the weights of {VIT}: .*{told}"):
             build("vit_b16", tmp_path / f"{name}.safetensors")
+
+
+def test_damaged_and_refused_files_are_told(tmp_path: Path) -> None:
+    model = timm.create_model(VIT, num_classes=0)
+    state = model.state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pth")
+    np.savez(tmp_path / "a.npz", **{name: array for name, array in npz_of(model).items() if "head" not in name})
+    for name in ("a.safetensors", "a.pth", "a.npz"):
+        content = (tmp_path / name).read_bytes()
+        for size in (0, 100, len(content) // 2, len(content) - 10):
+            (tmp_path / f"cut_{name}").write_bytes(content[:size])
+            with pytest.raises(ValueError, match=rf"cut_{name} cannot be read as weights .*damaged, get it again"):
+                load_weights(model, tmp_path / f"cut_{name}")
+    changed = bytearray((tmp_path / "a.npz").read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (tmp_path / "changed.npz").write_bytes(changed)
+    with pytest.raises(ValueError, match=r"changed\.npz cannot be read as weights .*CRC"):
+        load_weights(model, tmp_path / "changed.npz")
+    torch.save({"model": {"cls_token": torch.zeros(1)}, "folder": tmp_path}, tmp_path / "pickle.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    for name in ("pickle", "tensor"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth cannot be read as weights .*holds more than tensors is"):
+            load_weights(model, tmp_path / f"{name}.pth")
+    swin = timm.create_model(SMALL["swin_b"], num_classes=0)
+    table = "layers.9.blocks.0.attn.relative_position_bias_table"
+    save_file({table: torch.zeros(169, 3)}, tmp_path / "deeper.safetensors")
+    with pytest.raises(ValueError, match=r"deeper\.safetensors does not hold the weights of swin_tiny"):
+        load_weights(swin, tmp_path / "deeper.safetensors")
 
 
 @pytest.mark.parametrize(
