@@ -63,9 +63,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "base": base_identity((name, p) for name, p in model.named_parameters() if p not in trained),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _saved(model).items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write it at the same time
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())  # before it has its name: a power cut leaves the old file or the new one
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a disk that is full: the next attempt has another name
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

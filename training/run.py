@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from training.configuration import FREE, at_root, differences
 from training.hardware import process_count
@@ -24,6 +26,7 @@ PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "faiss-cpu", "nu
 CONFIG = "config.yaml"
 WEIGHTS = "adapter.safetensors"
 FINISHED = "metrics.json"
+LOCK = ".lock"
 
 
 class Unrestorable(ValueError):
@@ -92,6 +95,37 @@ class RunFolder:
         config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         return at_root(config, str(root)) if root else dict(config)
 
+    @property
+    def begun(self) -> bool:
+        return (self.path / CONFIG).is_file()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the run for this process, which trains it; of several that train it together, for the first one.
+
+        The folder is made if it is not there. The system lets go of the lock of a process that ends, however it does;
+        the file `LOCK` stays and means nothing by itself.
+
+        Raises:
+            ValueError: if another process holds it; nothing of the run has changed then.
+        """
+        if not is_first_process():
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another process trains {self.path} at this moment, and two would delete each other's checkpoints; "
+                "wait until it has finished, or end it and launch this again: it goes on from the last checkpoint"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Check the configuration and write it down."""
         self.check(config)
@@ -152,26 +186,39 @@ class RunFolder:
         for path in (*theirs.glob("*.safetensors"), theirs / "history.json"):  # the history says that it is complete
             partial = folder / f"{path.name}.{os.getpid()}.partial"  # every process of a training may come here
             shutil.copyfile(path, partial)
-            os.replace(partial, folder / path.name)
+            _put_in_place(partial, folder / path.name)
 
     def write_text(self, name: str, text: str) -> Path:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # every process of a training may write it
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        _put_in_place(partial, path)
         return path
 
     def write_json(self, name: str, content: Any) -> Path:
         return self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file of the run, or None where it has not been written."""
+        """The content of a JSON file of the run, or None where it has not been written; ValueError if it is damaged."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not JSON ({error}): it was cut off, or changed by hand; put a copy of it back or, in a run "
+                "that has not finished, delete it and launch the run again, which writes it anew"
+            ) from error
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> Path:
         return self.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename a file that is complete, once it is on the disk: a power cut leaves the old file or the new one."""
+    with partial.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def is_first_process() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -10,13 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from adapters import Full, LoRA, inject
+from adapters import Full, LoRA, inject, load, save
 from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_hardware
 from training.hardware import compute_device, device_name
 from training.optimizers import parameter_groups
 from training.record import clock, hardware_for
 from training.run import Unrestorable
-from training.trainer import latest_checkpoint
 
 
 class Tower(nn.Module):
@@ -103,6 +103,54 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         run.check_data("b" * 64)
 
 
+@pytest.mark.parametrize("text", ["", '{"seconds": {"tra', "\0\0\0"])
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/run\.json is not JSON \(.*delete it and launch the run again"):
+        RunFolder(tmp_path).read_json("run.json")
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a file is empty under its name after a power cut."""
+    synced, replaced, fsync, replace = dict[int, int](), list[str](), os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def noted_replace(source: Path, target: Path) -> None:
+        size = source.stat().st_size
+        assert size > 0 and synced[source.stat().st_ino] == size
+        assert source.parent == target.parent and source.name == f"{target.name}.{os.getpid()}.partial"
+        replaced.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    first.write_json("checkpoints/adapt/history.json", [])
+    model = inject(Tower(), LoRA(rank=2, targets=("q",)), train=("head",))
+    save(model, first.path / "checkpoints/adapt/adapter.safetensors")
+    second.adopt_stage("adapt", first.path)
+    assert replaced == ["history.json", "adapter.safetensors", "adapter.safetensors", "history.json"]
+    load(model, second.path / "checkpoints/adapt/adapter.safetensors")
+
+
+def test_a_disk_that_is_full_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = inject(Tower(), LoRA(rank=2, targets=("q",)), train=("head",))
+    save(model, tmp_path / "adapter.safetensors")
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("adapters.io.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(model, tmp_path / "adapter.safetensors")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"adapter.safetensors": before}
+
+
 def test_a_finished_run_keeps_no_optimiser_states(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for name in ("adapt/checkpoint-3/optimizer.pt", "adapt/history.json", "adapt/adapter.safetensors"):
@@ -162,30 +210,6 @@ def test_the_device_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert compute_device() == torch.device("cuda:3")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert compute_device() == torch.device("cpu") and device_name() == "cpu"
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    for step, complete in ((5, True), (10, True), (100, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_a_checkpoint_that_one_of_several_processes_has_not_written_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step, written in ((5, (0, 1)), (10, (0,)), (15, (1,))):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in ("trainer_state.json", *(f"rng_state_{number}.pth" for number in written)):  # as transformers does
-            (folder / name).touch()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert latest_checkpoint(tmp_path) is None
 
 
 def test_hardware_is_what_is_asked_for_or_measured() -> None:
