@@ -42,6 +42,13 @@ def test_vit_with_layer_scale_after_the_adapter() -> None:
     x1 = x + 0.5 * expected(model, f"{here}.attn", block.attn(block.norm1(x)))
     out = x1 + 0.5 * expected(model, f"{here}.mlp", block.mlp(block.norm2(x1)))
     torch.testing.assert_close(model.blocks[1](x), out)
+    with capture(model) as tokens:
+        model.blocks[1](x)
+    with capture(model, samples="mean") as items:
+        model.blocks[1](x)
+    assert len(tokens) == len(items) == 2
+    for name, (activations, _) in items.items():
+        torch.testing.assert_close(activations, tokens[name].activations.view(2, 7, 5).mean(1))
 
 
 def test_swin_without_the_padding_of_its_windows() -> None:
@@ -58,7 +65,10 @@ def test_swin_without_the_padding_of_its_windows() -> None:
     assert [len(s.activations) for s in tokens.values()] == [3 * 144] * 2
     with capture(model, samples="mean") as items:
         model.layers[0].blocks[1](x)
-    assert [len(s.activations) for s in items.values()] == [3] * 2
+    assert items.keys() == tokens.keys()
+    for name, (activations, basis) in items.items():  # of an image (12, 12) the mean over all its patches
+        torch.testing.assert_close(activations, tokens[name].activations.view(3, 144, 5).mean(1))
+        assert torch.equal(basis, tokens[name].basis)
 
 
 @pytest.mark.parametrize("conv_mlp", [False, True])

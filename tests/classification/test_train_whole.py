@@ -146,6 +146,21 @@ def test_a_few_shots(root: Path, tmp_path: Path) -> None:
     assert set(run.read_json("metrics.json")) == {"validation", "test", "chance", "redundancy", "after"}
 
 
+def test_another_seed_is_another_training(root: Path, tmp_path: Path) -> None:
+    """It gives the adapter other first values, and the images other augmentations."""
+    few = ("data=few_shot", "data.dataset=oxford-pets", "data.shots=4", "data.augmentation=randaugment")
+    asked = config(root, tmp_path, *few)
+    found = [assemble(Experiment.of(asked | {"seed": seed})) for seed in (0, 1, 1)]
+    assert [splits["train"].seed for _, splits, _ in found] == [0, 1, 1]
+    one, other, again = (splits["train"][0]["images"] for _, splits, _ in found)
+    assert not torch.equal(one, other) and torch.equal(other, again)
+    names = [name for name, _ in found[0][2].named_parameters() if name.endswith(".A")]
+    assert names
+    for name in names:
+        one, other, again = (model.get_parameter(name) for _, _, model in found)
+        assert not torch.equal(one, other) and torch.equal(other, again)
+
+
 class Coloured:
     """Image i is all i; augmented, it is i and its seed."""
 

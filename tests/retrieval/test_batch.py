@@ -70,6 +70,15 @@ def test_the_same_seed_epoch_and_index_give_the_same_item(captions: Captions) ->
     assert draw(0, 0) != draw(0, 1) != draw(1, 1)
 
 
+def test_items_of_an_epoch_are_augmented_each_in_its_own_way(cache: Path) -> None:
+    """Six times the same sentence and the same regions, for which the same draws would give the same item."""
+    captions = Captions(["two cats and a microscope"] * 6, minilm(cache)[1])
+    pairs = TrainingPairs(Data(), captions, pairing="caption", augmentation=Augmentation(), seed=0)
+    items = [pairs[index] for index in range(6)]
+    assert len({tuple(item["visual"][:, 0]) for item in items}) == 6
+    assert len({tuple(item["input_ids"]) for item in items}) > 1
+
+
 def test_published_rates_of_augmentation(captions: Captions) -> None:
     """Of the words 10 % masked, 2 % replaced, 8 % deleted; of the regions 20 % dropped."""
     rng, counts, words = np.random.default_rng(0), Counter(), 0

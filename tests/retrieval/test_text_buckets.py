@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_gpo import pooled_by_loop
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
@@ -52,6 +53,19 @@ def test_nothing_changes_but_the_padding() -> None:
     for (name, one), other in zip(whole.named_parameters(), grouped.parameters(), strict=True):
         if one.requires_grad:
             torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("buckets", [1, 4])
+def test_a_batch_equals_each_sentence_by_itself(buckets: int) -> None:
+    """Unpadded, from BERT's last states: the linear map on every token, [CLS] and [SEP] too, then GPO as a loop."""
+    text, (ids, mask) = encoder(buckets), batch()
+    torch.nn.init.normal_(text.pool.score.weight)  # untrained, the weights of a pooling are nearly equal
+    for row, length, embedding in zip(ids, mask.sum(dim=1).tolist(), text(ids, mask), strict=True):
+        hidden = text.bert(row[None, :length]).last_hidden_state
+        tokens = hidden @ text.linear.weight.T + text.linear.bias
+        (pooled,) = pooled_by_loop(text.pool, tokens, torch.tensor([length]))
+        torch.testing.assert_close(embedding, pooled / pooled.square().sum().sqrt(), atol=1e-5, rtol=1e-4)
 
 
 def test_the_samples_of_a_penalty_are_the_same() -> None:

@@ -73,6 +73,7 @@ def test_the_penalty_acts_in_training_only_and_moves_what_is_learned(tmp_path: P
         trainer = AdapterTrainer(
             model=model,
             args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            train_dataset=tiny.Items(),
             objective=lambda output, epoch: {"squares": output.square().mean()},
         )
         twin, x = copy.deepcopy(model), {"x": torch.randn(5, 6)}
@@ -93,6 +94,7 @@ def test_the_penalty_acts_on_a_batch_in_chunks_too(tmp_path: Path) -> None:
     trainer = AdapterTrainer(
         model=model,
         args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        train_dataset=tiny.Items(),
         objective=lambda output, epoch: {"squares": output.square().mean()},
         chunk_size=2,
     )

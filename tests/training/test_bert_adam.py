@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from adapters import inject
 from training.bert_adam import BertAdam
+from training.optimizers import LearningRates, build_optimizer
 
 
 def by_hand(value: np.ndarray, gradients: list[np.ndarray], rates: list[float], decay: float) -> np.ndarray:
@@ -65,3 +72,13 @@ def test_its_state_is_saved_and_goes_on() -> None:
         step(whole, first)
         step(halves, third)
     assert torch.equal(whole.weight, halves.weight)
+
+
+def test_a_recipe_that_names_it_trains_with_it(tmp_path: Path) -> None:
+    """By the state in the checkpoint: AdamW's counts steps, and has no norm to clip to."""
+    model = inject(tiny.Model(), tiny.ADAPTERS["lora"], train=("head",))
+    assert type(build_optimizer("bert_adam", model, LearningRates(), ("head",))) is BertAdam
+    tiny.train(tmp_path, optimizer="bert_adam", stages=tiny.STAGES[:1])
+    saved = torch.load(tmp_path / "checkpoints/adapt/checkpoint-8/optimizer.pt", weights_only=True)
+    assert saved["state"] and all(state.keys() == {"exp_avg", "exp_avg_sq"} for state in saved["state"].values())
+    assert {group["max_grad_norm"] for group in saved["param_groups"]} == {1.0}
