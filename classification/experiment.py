@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from classification.data import DATASETS
+from classification.data.listed import ListedImages
 from classification.models import MODELS
-from training import BaseExperiment, shared_settings
+from training import BaseExperiment, check_name, shared_settings
 from training.experiment import settings_of_this_version
 
 
@@ -17,6 +18,7 @@ class Experiment(BaseExperiment):
     """What to train on what, and how. Made from the nested mapping that `config.yaml` of a run holds."""
 
     task: ClassVar[str] = "classification"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Experiment:
@@ -27,7 +29,11 @@ class Experiment(BaseExperiment):
             Unrestorable: for a configuration that another version of the suite wrote.
         """
         with settings_of_this_version():
-            return cls(**shared_settings(config, datasets=DATASETS, models=MODELS))
+            check_name("data", config["data"]["name"], DATASETS)
+            kind = DATASETS[config["data"]["name"]]
+            if issubclass(kind, ListedImages):  # first: a recipe may have no rate for what is not published
+                kind.check(config["data"])
+            return cls(**shared_settings(config, datasets=DATASETS, models=MODELS, metrics=cls.metrics))
 
     @property
     def levels(self) -> tuple[str, ...]:

@@ -108,18 +108,6 @@ def encode(
     return Encoded(visual, texts, scores)
 
 
-def evaluate(
-    model: RetrievalModel,
-    data: RetrievalDataset,
-    captions: Captions,
-    *,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Recall@K, median and mean rank both ways, and Rsum of `model` on a split (see `eval.retrieval_metrics`)."""
-    encoded = encode(model, data, captions, batch_size=batch_size)
-    return encoded.metrics(data.image_of_caption)
-
-
 def _score_pairs(model: RetrievalModel, images: np.ndarray, texts: np.ndarray, batch_size: int) -> np.ndarray:
     """(n, M) float32: a forward pass of `pair_scores` for each pair."""
     device = next(model.parameters()).device

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from eval.metrics import RECALL_KEYS
 from retrieval.batch import PAIRINGS, Augmentation
 from retrieval.data import DATASETS
 from retrieval.losses import LOSSES
@@ -19,6 +20,7 @@ class Experiment(BaseExperiment):
     """What to train on what, and how. Made from the nested mapping that `config.yaml` of a run holds."""
 
     task: ClassVar[str] = "retrieval"
+    metrics: ClassVar[tuple[str, ...]] = ("rsum", *RECALL_KEYS)
     max_length: int | None
     loss: Callable[..., Any]
     pairing: str
@@ -37,7 +39,7 @@ class Experiment(BaseExperiment):
 
     @staticmethod
     def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-        settings = shared_settings(config, datasets=DATASETS, models=MODELS)
+        settings = shared_settings(config, datasets=DATASETS, models=MODELS, metrics=Experiment.metrics)
         protocol, model = config.get("protocol", {}).get("name", "mended"), settings["model"]["name"]
         if protocol != "mended" and model != "vse_infty":
             raise ValueError(

@@ -13,14 +13,15 @@ from retrieval.clip4clip import CLIP4Clip
 from retrieval.data import RetrievalDataset
 from retrieval.model import RetrievalModel
 from retrieval.vse_infty import VSEInfinity, VSEInfinityConfig
-from training.choose import check_types
+from training import check_name, choose
+from training.choose import build
 
 
 def vse_infty(data: RetrievalDataset, cache: Path, *, text: str = "minilm", **sizes: Any) -> tuple[RetrievalModel, Any]:
     """VSE-infinity on region features, with the text encoder `text` (see `bert`)."""
-    check_types("model.", VSEInfinityConfig, sizes)
+    config = build("model", "vse_infty", VSEInfinityConfig, sizes)
     encoder, tokenizer = bert(text, cache)
-    return VSEInfinity(encoder, data.visual(0).shape[-1], VSEInfinityConfig(**sizes)), tokenizer
+    return VSEInfinity(encoder, data.visual(0).shape[-1], config), tokenizer
 
 
 def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
@@ -28,7 +29,7 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
     Raises:
         FileNotFoundError: if it is neither.
-        ValueError: if the folder holds another kind of model than a BERT, or not all of its weights.
+        ValueError: if the folder holds another kind of model than a BERT, or its weights are damaged or not all there.
     """
     from transformers import AutoTokenizer, BertModel
 
@@ -48,9 +49,17 @@ def bert(name: str, cache: Path) -> tuple[nn.Module, Any]:
             "stay random; give a folder with a BERT, such as bert-base-uncased"
         )
     load = cast(Any, BertModel.from_pretrained)  # its type does not know of the second result
-    encoder, loaded = load(
-        name, add_pooling_layer=False, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        encoder, loaded = load(
+            name, add_pooling_layer=False, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors and transformers have errors of their own for what does not fit
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{Path(name) / 'model.safetensors'} cannot be loaded as the BERT that config.json describes "
+            f"({type(error).__name__}: {first}); if it is cut off or damaged, get it again, and take both files from "
+            "the same model"
+        ) from error
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"model.text={name}: its file lacks {len(missing)} weights of the BERT that config.json describes, "
@@ -120,14 +129,12 @@ def build_model(settings: Mapping[str, Any], data: RetrievalDataset, cache: Path
     """Build the model that `settings` name for `data`: (model in evaluation mode, tokenizer).
 
     Raises:
-        ValueError: if the model is unknown or takes another kind of visual input than the data holds, or a setting is
-            of another type.
+        ValueError: if the model is unknown or takes another kind of visual input than the data holds, or one of its
+            settings is unknown or of another type.
     """
-    settings = dict(settings)
+    name = settings["name"]
+    check_name("model", name, MODELS)
     holds = "frames" if data.visual(0).ndim == 4 else "regions"
-    if (name := settings.pop("name")) not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     if (takes := VISUAL_KINDS[name]) != holds:
         raise ValueError(f"model {name!r} takes {takes}, but data {data.name!r} holds {holds}; use {FITTING[holds]}")
-    check_types("model.", MODELS[name], settings)
-    return MODELS[name](data, cache, **settings)
+    return choose("model", MODELS, {**settings, "data": data, "cache": cache})

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adapters import save
 from eval import chance_level
 from eval.report import write_report
 from regularizers import Subspaces
@@ -18,25 +17,14 @@ from regularizers.layers import low_rank_layers
 from retrieval.assemble import assemble, check_recipe, fingerprint, open_splits, restore
 from retrieval.batch import Captions, Collate, TrainingPairs, collate_text
 from retrieval.data import RetrievalDataset
-from retrieval.evaluate import encode, evaluate
+from retrieval.evaluate import Encoded, encode
 from retrieval.experiment import Experiment
 from retrieval.model import RetrievalModel
 from retrieval.showcase import save_showcase
-from training import RunFolder, run_stages
-from training.hardware import check_devices
-from training.record import (
-    PROBE,
-    PROBED_AT_ONCE,
-    VALIDATED_ON_TEST,
-    clock,
-    describe,
-    hardware_for,
-    heat_maps,
-    record_redundancy,
-    subspaces_on,
-)
-from training.run import WEIGHTS, is_first_process
-from training.stages import check_items
+from training import RunFolder
+from training.record import PROBE, PROBED_AT_ONCE, subspaces_on
+from training.run import is_first_process
+from training.task import Task, run_task
 
 
 def train(config: Mapping[str, Any]) -> RunFolder:
@@ -53,111 +41,78 @@ def train(config: Mapping[str, Any]) -> RunFolder:
         ValueError, FileNotFoundError: for a bad configuration or data that is not prepared, before anything is written.
     """
     experiment = Experiment.of(config)
-    run = RunFolder.of(experiment.runs, *experiment.levels)
-    run.check(config)
-    if run.finished:
-        run.drop_checkpoints()  # of a run that was killed just then
-        if not run.asked_for_these_data(config):
-            run.check_data(fingerprint(open_splits(experiment)))
-        if is_first_process():
-            complete_report(run, experiment.root)
-        return run
+    run, trained = run_task(config, experiment, Retrieval)
+    if is_first_process():
+        complete_report(run, experiment.root, trained)
+    return run
 
-    check_devices()
-    first_stage = experiment.recipe.stages[0].name
-    if experiment.start_from:
-        run.check_source(first_stage, experiment.start_from, config)
-    with clock(run, "load data and encoders"):
-        splits, model, captions = assemble(experiment)
-        check_recipe(experiment, model, captions["train"])
-        pairs = TrainingPairs(
-            splits["train"],
-            captions["train"],
+
+class Retrieval(Task[Experiment]):
+    """Matching pairs, the model that brings them together, and Recall@K.
+
+    Attributes:
+        splits, captions: the data of each split, and its sentences as tokens.
+        tested: the test split as the trained model sees it, for the report; None before it is evaluated.
+    """
+
+    to_hold_out = "data.validation=500"
+    model: RetrievalModel
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.splits, self.model, self.captions = assemble(experiment)
+        self.tested: Encoded | None = None
+        check_recipe(experiment, self.model, self.captions["train"])
+        self.heads = self.model.heads
+        self.items = TrainingPairs(
+            self.splits["train"],
+            self.captions["train"],
             pairing=experiment.pairing,
             augmentation=experiment.augmentation,
             seed=experiment.seed,
         )
-        check_items(len(pairs), experiment.recipe.batch_size)
-        validation, data_fingerprint = _validation(splits, experiment), fingerprint(splits)
-    run.check_data(data_fingerprint)
-    if experiment.start_from and not run.has_trained(first_stage):
-        RunFolder(experiment.start_from).check_data(data_fingerprint)
-    run.begin(config)
-    if experiment.start_from:
-        run.adopt_stage(first_stage, experiment.start_from)
-    as_prior_work = experiment.data_options.get("validation") == "test"
-    hardware = hardware_for(run, experiment)
-    describe(
-        run,
-        experiment,
-        model,
-        hardware,
-        data={
-            "fingerprint": data_fingerprint,
-            "images": {name: len(data) for name, data in splits.items()},
-            "captions": {name: len(data.captions) for name, data in splits.items()},
-        },
-        preprocessing=join_texts(data.preprocessing for data in splits.values()),
-        metric="Rsum",
-        selected_on=VALIDATED_ON_TEST if as_prior_work else "validation",
-    )
-    torch.set_num_threads(hardware.threads)
-    test = splits["test"]
-    probed: list[dict[str, Tensor]] = []
-    held_out = "train" if validation is None else "validation"
+        self.collate = Collate(self.model.collate_visual, self.model.text_length)
+        self.objective = experiment.loss
+        self.sizes = {
+            "images": {name: len(data) for name, data in self.splits.items()},
+            "captions": {name: len(data.captions) for name, data in self.splits.items()},
+        }
+        self.fingerprint = fingerprint(self.splits)
+        self.preprocessing = join_texts(data.preprocessing for data in self.splits.values())
 
-    with clock(run, "train") as watch:
-        run_stages(
-            model,
-            experiment.recipe,
-            run,
-            dataset=pairs,
-            collate=Collate(model.collate_visual, model.text_length),
-            objective=experiment.loss,
-            evaluator=None
-            if validation is None
-            else lambda trained: evaluate(model, validation, captions["validation"]),
-            metric="Rsum",
-            heads=model.heads,
-            regularizer=experiment.regularizer,
-            hardware=hardware,
-            seed=experiment.seed,
-            after_stage=lambda: probed.append(heat_maps(probe(model, splits[held_out], captions[held_out]))),
-            after_epoch=watch.tick,
-        )
-    if not is_first_process():  # the rest is for one alone; none waits, so that it may take its time
-        return run
-    save(model, run.path / WEIGHTS)
+    @classmethod
+    def fingerprint_of(cls, experiment: Experiment) -> str:
+        return fingerprint(open_splits(experiment))
 
-    with clock(run, "evaluate"):
-        metrics: dict[str, Any] = {}
-        if validation is not None:
-            metrics["validation"] = evaluate(model, validation, captions["validation"])
-        encoded = encode(model, test, captions["test"])
-        metrics["test"] = encoded.metrics(test.image_of_caption)
-        ends = (test,) if validation is None else (validation, test)
-        metrics["chance"] = {data.split: chance_level(data.image_of_caption, len(data)) for data in ends}
-        if as_prior_work:
-            metrics["validation_is"] = "test"  # for who reads the numbers alone
-        metrics |= record_redundancy(run, probed)
-    run.finish(metrics)  # from here on the run is finished: nothing for people may lose its numbers
-    save_showcase(run, test, encoded)
-    write_report(run.path)
-    return run
+    def evaluate(self, split: str, precision: str) -> dict[str, float]:
+        """In float32, whatever the precision (see `encode`)."""
+        encoded = encode(self.model, self.splits[split], self.captions[split])
+        if split == "test":
+            self.tested = encoded
+        return encoded.metrics(self.splits[split].image_of_caption)
+
+    def chance(self, split: str) -> dict[str, float]:
+        return chance_level(self.splits[split].image_of_caption, len(self.splits[split]))
+
+    def probe(self) -> dict[str, Subspaces]:
+        held_out = "validation" if self.validates else "train"
+        return probe(self.model, self.splits[held_out], self.captions[held_out])
 
 
-def complete_report(run: RunFolder, root: Path | None = None) -> None:
-    """Write what people look at of a finished run, where a kill after its numbers has lost that.
+def complete_report(run: RunFolder, root: Path | None = None, trained: Retrieval | None = None) -> None:
+    """Write what people look at of a finished run, unless it is there.
 
     Args:
         run: a finished run.
         root: where the data are now, if not where the run had them.
+        trained: the task that has just trained. None for a run that had finished before: if it was killed before its
+            report was written, the model is rebuilt from the run's folder.
 
     Where the pictures cannot be had any more, that is printed, and the report goes without.
     """
-    if (run.path / "retrieved.json").is_file() and (run.path / "report.html").is_file():
-        return
-    if not (run.path / "retrieved.json").is_file():
+    if trained and trained.tested:
+        save_showcase(run, trained.splits["test"], trained.tested)
+    elif not (run.path / "retrieved.json").is_file():
         try:
             described, (splits, model, captions) = run.read_json("run.json"), restore(run.path, root)
             torch.set_num_threads(described["threads"])
@@ -165,6 +120,8 @@ def complete_report(run: RunFolder, root: Path | None = None) -> None:
             save_showcase(run, splits["test"], encoded)
         except Exception as error:  # the data may be gone, or the disk full: that must not cost the numbers' report
             tqdm.write(f"the report of {run.path} goes without pictures: {type(error).__name__}: {error}")
+    elif (run.path / "report.html").is_file():
+        return
     write_report(run.path)
 
 
@@ -189,15 +146,3 @@ def probe(model: RetrievalModel, data: RetrievalDataset, captions: Captions) -> 
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
     return subspaces_on(model, batches())
-
-
-def _validation(splits: Mapping[str, RetrievalDataset], experiment: Experiment) -> RetrievalDataset | None:
-    """The validation split, or None where nothing is held out; ValueError if the recipe selects on it then."""
-    if len(splits["validation"]):
-        return splits["validation"]
-    if experiment.recipe.selection == "validation":
-        raise ValueError(
-            f"trainer.selection=validation, but data={experiment.data} holds nothing out for validation "
-            "(data.validation=0); use trainer.selection=last, or hold some out (data.validation=500)"
-        )
-    return None

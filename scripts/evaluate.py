@@ -3,6 +3,7 @@
 python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/linear/seed0
 python scripts/evaluate.py run=runs/retrieval/openmoji/vse_infty/lora/none/seed0 split=validation output=metrics.json
 python scripts/evaluate.py run=runs/retrieval/flickr30k/vse_infty/lora/none/seed0 root=/where/the/data/are/now
+python scripts/evaluate.py run=runs/retrieval/coco/vse_infty/lora/none/seed0 folds=5    # COCO's 1K numbers too
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from command_line import launch
 
@@ -30,28 +32,49 @@ def main(config: dict[str, Any]) -> None:
         )
     if config["output"] and not Path(config["output"]).resolve().parent.is_dir():
         raise FileNotFoundError(f"output={config['output']}: its folder does not exist")
+    folds, embeddings = config["folds"], config["embeddings"]
+    if folds is not None and (type(folds) is not int or folds < 1):
+        raise ValueError(f"folds is {folds!r}; expected a whole number, 1 or more, or null")
     torch.set_num_threads(described["threads"])
     if described["data"]["name"] in DATASETS:
-        metrics = _retrieval(folder, config["root"], split)
+        metrics = _retrieval(folder, config["root"], split, folds, Path(embeddings) if embeddings else None)
+    elif folds or embeddings:
+        raise ValueError(f"folds and embeddings are of retrieval, and run={folder} is none; leave them null")
     else:
         metrics = _classification(folder, config["root"], split, described["precision"])
     if config["output"]:
         Path(config["output"]).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
-def _retrieval(folder: Path, root: str | None, split: str) -> dict[str, Any]:
-    """Print the table of a split, and return its numbers."""
-    from eval import chance_level, render_table
+def _retrieval(
+    folder: Path, root: str | None, split: str, folds: int | None, embeddings: Path | None
+) -> dict[str, Any]:
+    """Print the table of a split, and return its numbers; with `folds`, means over them as well."""
+    from eval import chance_level
+    from eval.folds import fold_metrics
+    from eval.tables import render_rows, table_rows
     from retrieval.assemble import restore
-    from retrieval.evaluate import evaluate
+    from retrieval.evaluate import encode
 
     splits, model, captions = restore(folder, root)
+    if model.pair_scores is not None and (folds or embeddings):
+        raise ValueError(f"the model of run={folder} scores pairs and has no embeddings; leave both of them null")
     data = splits[split]
-    metrics = {
-        split: evaluate(model, data, captions[split]),
-        "chance": {split: chance_level(data.image_of_caption, len(data))},
+    encoded, owners = encode(model, data, captions[split]), data.image_of_caption
+    if embeddings:
+        embeddings.mkdir(parents=True, exist_ok=True)
+        for name, array in (("images", encoded.images), ("texts", encoded.texts), ("owners", owners)):
+            np.save(embeddings / f"{name}.npy", array)
+    metrics: dict[str, Any] = {
+        split: encoded.metrics(owners),
+        "chance": {split: chance_level(owners, len(data))},
     }
-    print(render_table(metrics))
+    rows = table_rows(metrics)
+    if folds:
+        means, chance = fold_metrics(encoded.images, encoded.texts, owners, folds)
+        metrics["folds"] = {"number": folds, split: means, "chance": {split: chance}}
+        rows += [(f"mean of {folds} folds", means), ("  chance", chance)]
+    print(render_rows(rows))
     return metrics
 
 

@@ -3,11 +3,12 @@
     python scripts/results_table.py                                  # all runs below runs/
     python scripts/results_table.py runs/rank4 runs/rank8 --csv table.csv
 
-A table for each data set: R@K both ways and Rsum for retrieval; VTAB-1K as the paper's Table 2, few-shot with shots as
-columns, accuracy for the rest. A row is the mean over runs that differ in nothing but the seed. Whatever else differs
-between rows (a rank, a weight, what was validated on) stands in its column "settings": nothing is mixed. Where
-runs kept how their first stage scored, that is a row too, with after=<stage>. A difference needs two seeds in common; p
-is of the paired t-test, after Holm's correction over the table. Runs that are not finished or cannot be read are named.
+A table for each data set: R@K both ways and Rsum for retrieval; VTAB-1K as the paper's Table 2; few-shot with shots
+as columns, and a table of the means over its five data sets (Figure 3); accuracy for the rest. A row is the mean over
+runs that differ in nothing but the seed. Whatever else differs between rows (a rank, a weight, what was validated on)
+stands in its column "settings": nothing is mixed. Where runs kept how their first stage scored, that is a row too,
+with after=<stage>. A difference needs two seeds in common; p is of the paired t-test, after Holm's correction over the
+table. Runs that are not finished or cannot be read are named.
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ VTAB-1K and few-shot sets on ViT-B/16, once they are there (`python scripts/prep
     python scripts/train_classification.py data=vtab data.dataset=cifar model=vit_b16 adapter=lora regularizer=linear
     python scripts/train_classification.py data=few_shot data.dataset=oxford-pets data.shots=4 model=vit_b16
 
+Rows of the paper's Tables 2 and 3, and curves of its Figure 3 (scripts/conf/table2, table3, figure3):
+
+    python scripts/train_classification.py table2=lora_resora data.dataset=cifar
+    python scripts/train_classification.py figure3=lora_resora data.dataset=oxford-pets data.shots=4
+
 A sweep, one run folder each; a job that fails ends no other, and the list of them comes last:
 
     python scripts/train_classification.py --multirun regularizer=none,linear seed=0,1,2

@@ -22,16 +22,24 @@ def choose(kind: str, known: Mapping[str, Callable[..., T]], settings: Mapping[s
     settings = dict(settings)
     name = settings.pop("name")
     check_name(kind, name, known)
-    build = known[name]
+    return build(kind, name, known[name], settings)
+
+
+def build(kind: str, name: str, of: Callable[..., T], settings: Mapping[str, Any]) -> T:
+    """`of`, which a configuration calls `<kind>=<name>`, with these settings.
+
+    Raises:
+        ValueError: for a setting that it does not have, or one of a type that a dataclass cannot check.
+    """
     try:
-        inspect.signature(build).bind(**settings)
+        inspect.signature(of).bind(**settings)
     except TypeError as error:
         raise ValueError(f"{kind}={name} does not take these settings: {error}") from None
-    check_types(f"{kind}.", build, settings)
+    check_types(f"{kind}.", of, settings)
     try:
-        return build(**settings)
+        return of(**settings)
     except TypeError as error:
-        if not is_dataclass(build):
+        if not is_dataclass(of):
             raise  # a bug in what is built
         raise ValueError(f"{kind}={name} does not take a setting of this type: {error}") from error  # rank="four" < 1
 

@@ -39,6 +39,8 @@ class BaseExperiment:
     """
 
     task: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    """What "validation" may select by; the first, unless the recipe says otherwise. The greater the better."""
     data: str
     data_options: dict[str, Any]
     model: dict[str, Any]
@@ -58,6 +60,11 @@ class BaseExperiment:
         return self.root / "cache"
 
     @property
+    def metric(self) -> str:
+        """The validation metric that selects the best epoch, and that is printed after each."""
+        return self.recipe.selection_metric or self.metrics[0]
+
+    @property
     def levels(self) -> tuple[str, ...]:
         """The levels of the run's folder below `runs`."""
         penalty = self.regularizer.measure if self.regularizer else "none"
@@ -73,13 +80,16 @@ def settings_of_this_version() -> Iterator[None]:
         raise Unrestorable(f"the configuration lacks {error}: another version of the suite wrote it") from error
 
 
-def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], models: Iterable[str]) -> dict[str, Any]:
+def shared_settings(
+    config: Mapping[str, Any], *, datasets: Iterable[str], models: Iterable[str], metrics: Iterable[str]
+) -> dict[str, Any]:
     """The arguments of `BaseExperiment` from a configuration (see `scripts/conf`), checked before any work begins.
 
     Args:
         config: nested mapping with the groups data, model, adapter, regularizer and trainer; more is left to the task.
         datasets: the names that the task knows.
         models: likewise.
+        metrics: what it may select by.
 
     Raises:
         ValueError: for a name or value that does not exist; the message says what does.
@@ -96,6 +106,8 @@ def shared_settings(config: Mapping[str, Any], *, datasets: Iterable[str], model
             f"adapter={adapter.name} has none; use regularizer=none, or one of adapter={', '.join(LOW_RANK)}"
         )
     recipe = _recipe(trainer)
+    if recipe.selection_metric is not None:
+        check_name("trainer.selection_metric", recipe.selection_metric, metrics)
     if measure != "none" and not any(stage.regularize for stage in recipe.stages):
         raise ValueError(
             f"regularizer={measure}, but no stage that trains has regularize=true (there is "
@@ -142,7 +154,8 @@ def _recipe(trainer: Mapping[str, Any]) -> Recipe:
             "workers",
         )
     }
-    own["save_minutes"] = trainer.get("save_minutes")  # runs of earlier versions have none
+    loggers = trainer["report_to"]
+    own |= {key: trainer.get(key) for key in ("save_minutes", "selection_metric")}  # runs of earlier versions have none
     check_types("trainer.", Recipe, own)
     check_types("trainer.rates.", LearningRates, trainer["rates"])
     for name, settings in trained.items():
@@ -151,6 +164,6 @@ def _recipe(trainer: Mapping[str, Any]) -> Recipe:
         stages=tuple(Stage(name=name, **settings) for name, settings in trained.items()),
         rates=LearningRates(**trainer["rates"]),
         schedule=choose("schedule", SCHEDULES, trainer["schedule"]),
-        report_to=tuple(trainer["report_to"]),
+        report_to=(loggers,) if isinstance(loggers, str) else tuple(loggers),
         **own,
     )

@@ -11,6 +11,11 @@ from transformers import TrainerCallback
 from training.run import RunFolder
 
 
+def metric_name(key: str) -> str:
+    """A metric as people write it."""
+    return "Rsum" if key == "rsum" else key
+
+
 def log_records(stage: str, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The Trainer's log history as the lines of log.jsonl."""
     records: list[dict[str, Any]] = []
@@ -58,8 +63,9 @@ class Progress(TrainerCallback):
         if self.bar is None:
             return
         logs: dict[str, float] = kwargs["logs"]
-        if (score := logs.get(f"eval_{self.metric.lower()}")) is not None:
-            self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: validation {self.metric} {score:.1f}")
+        if (score := logs.get(f"eval_{self.metric}")) is not None:
+            shown = f"validation {metric_name(self.metric)} {score:.1f}"
+            self.bar.write(f"stage {self.stage}, epoch {state.epoch:.0f}: {shown}")
         elif parts := {key.removeprefix("part_"): value for key, value in logs.items() if key.startswith("part_")}:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in parts.items()}, refresh=False)
 

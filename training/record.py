@@ -16,11 +16,11 @@ from regularizers.diagnostics import mean_off_diagonal
 from regularizers.layers import low_rank_layers
 from training.experiment import BaseExperiment
 from training.hardware import Hardware, choose_hardware, device_name, process_count
+from training.log import metric_name
 from training.run import RunFolder, environment, is_first_process
 
 PROBE = 128  # validation items on which redundancy is measured
 PROBED_AT_ONCE = 32
-VALIDATED_ON_TEST = "the test split (data.validation=test, as in prior work)"  # for `describe`
 
 
 def hardware_for(run: RunFolder, experiment: BaseExperiment) -> Hardware:
@@ -49,8 +49,8 @@ def describe(
     data: Mapping[str, Any],
     preprocessing: str,
     metric: str,
-    selected_on: str = "validation",
-    frozen_elsewhere: int = 0,
+    selected_on: str,
+    frozen_elsewhere: int,
 ) -> None:
     """Write run.json, unless an earlier launch of the same run did.
 
@@ -61,7 +61,7 @@ def describe(
         hardware: as of `hardware_for`.
         data: the fingerprint of the data and the sizes of the splits.
         preprocessing: how files became what the model takes.
-        metric: what "validation" selection maximises, for people.
+        metric: what "validation" selection maximises, its key.
         selected_on: what it is evaluated on, for people: the validation split, unless that is not one of its own.
         frozen_elsewhere: parameters of the backbone that `model` does not hold because their outputs are cached.
     """
@@ -81,7 +81,7 @@ def describe(
         "regularizer": str(experiment.regularizer or "none"),
         "selection": {
             "last": "the last epoch of each stage",
-            "validation": f"the epoch of each stage with the best {metric} on {selected_on}",
+            "validation": f"the epoch of each stage with the best {metric_name(metric)} on {selected_on}",
         }[experiment.recipe.selection],
         "preprocessing": preprocessing,
         "data": {"name": experiment.data, **data},

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -57,6 +58,7 @@ class Recipe:
         max_grad_norm: global norm to which gradients are clipped.
         selection: keep the weights of the "last" epoch of a stage, or of the epoch that is best on "validation", among
             those that are evaluated.
+        selection_metric: by which metric that is the best, a key of what the task measures; None: its own choice.
         evaluate_every: epochs between two evaluations on the validation split; a stage's last epoch has always one.
         restart: give each stage a fresh optimiser and schedule; otherwise the optimiser's state goes on and one
             schedule spans all stages.
@@ -79,6 +81,7 @@ class Recipe:
     warmup: float = 0.1
     max_grad_norm: float = 2.0
     selection: str = "last"
+    selection_metric: str | None = None
     evaluate_every: int = 1
     restart: bool = True
     chunk_size: int | None = None
@@ -105,6 +108,11 @@ class Recipe:
             raise ValueError(f"save_minutes is {self.save_minutes}; expected a positive number, or null")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; expected one of {', '.join(SELECTIONS)}")
+        if self.selection_metric is not None and self.selection == "last":
+            raise ValueError(
+                f"selection_metric={self.selection_metric} and selection=last do not go together: the last epoch is "
+                "taken whatever it scores; use selection=validation, or selection_metric=null"
+            )
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}; expected 1 or more epochs")
         if not self.restart and self.selection != "last":
@@ -135,15 +143,15 @@ def run_stages(
     regularizer: ReSoRA | None,
     hardware: Hardware,
     seed: int,
-    metric: str = "Rsum",
+    metric: str,
     after_stage: Callable[[], None] = lambda: None,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """Train `model`, which holds its adapter, through the stages of `recipe`, in place.
 
     Checkpoints and the weights after each stage go to `<run>/checkpoints/<stage>/`, the log of all stages to
-    `<run>/log.jsonl`. `metric`, as people write it, is shown after each epoch and maximised where validation selects;
-    the evaluator's key is its lower case, and None evaluates nothing. `after_stage` is called after each stage, whether
+    `<run>/log.jsonl`. `metric`, a key of what the evaluator gives, is shown after each epoch and maximised where
+    validation selects; without an evaluator nothing is. `after_stage` is called after each stage, whether
     it was trained now or before, `after_epoch` after each epoch that was trained now.
 
     Raises:
@@ -161,9 +169,7 @@ def run_stages(
         if history is None:
             trainer = AdapterTrainer(
                 model=model,
-                args=_arguments(
-                    stage, recipe, hardware, str(folder), seed + 1000 * index, metric.lower() if evaluator else None
-                ),
+                args=_arguments(stage, recipe, hardware, str(folder), (seed, index), metric if evaluator else None),
                 train_dataset=dataset,
                 data_collator=collate,
                 optimizers=_optimizer(model, recipe, heads, index, items, run),
@@ -205,10 +211,11 @@ def _optimizer(
         span = Span(steps=steps * recipe.stages[index].epochs, warmup=recipe.warmup, steps_per_epoch=steps)
         return optimizer, scheduler(optimizer, recipe.schedule, span)
     if index:
-        checkpoint = latest_checkpoint(run.path / "checkpoints" / recipe.stages[index - 1].name)
-        if checkpoint is None:
+        earlier = recipe.stages[index - 1]
+        checkpoint = latest_checkpoint(run.path / "checkpoints" / earlier.name)
+        if checkpoint is None or checkpoint.name != f"checkpoint-{steps * earlier.epochs}":  # of its last epoch
             raise FileNotFoundError(
-                f"{run.path} holds no checkpoint of stage {recipe.stages[index - 1].name!r} any more, with whose "
+                f"{run.path} holds no whole checkpoint of the end of stage {earlier.name!r} any more, with whose "
                 "optimiser restart=False goes on; delete the folder and train both stages again"
             )
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
@@ -218,8 +225,10 @@ def _optimizer(
 
 
 def _arguments(
-    stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: int, metric: str | None
+    stage: Stage, recipe: Recipe, hardware: Hardware, folder: str, seed: tuple[int, int], metric: str | None
 ) -> TrainingArguments:
+    """`seed` is that of the run, and the number of the stage."""
+    run_seed, index = seed
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=stage.epochs,
@@ -235,7 +244,8 @@ def _arguments(
         logging_steps=5,
         eval_strategy="epoch" if metric else "no",
         save_strategy="epoch",
-        save_total_limit=2 if recipe.selection == "validation" else 1,
+        # The last, the one before, to go on from where the last is damaged, and, wherever it is, the best.
+        save_total_limit=3 if recipe.selection == "validation" else 2,
         load_best_model_at_end=recipe.selection == "validation",
         # Named otherwise, transformers would keep the best epoch's checkpoint in place of the last.
         metric_for_best_model=metric if recipe.selection == "validation" else None,
@@ -243,5 +253,7 @@ def _arguments(
         remove_unused_columns=False,
         label_names=[],
         report_to=list(recipe.report_to) or "none",
-        seed=seed,
+        seed=run_seed + 1000 * index,
+        # accelerate shuffles epoch e with this + e: next to each other, seeds would share orders, an epoch apart
+        data_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
     )

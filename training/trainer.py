@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
+from zipfile import is_zipfile
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters import load, save
@@ -64,6 +67,8 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         regularizer: a penalty on the subspaces of each training step, or None.
         evaluator: model -> metrics, run at the end of each epoch in the first process; logged with the prefix "eval_".
             Or None.
+        train_dataset: what is trained on. One with a method `set_epoch(epoch)` is told which epoch begins, counted over
+            all stages, so that its augmentation can be a function of seed, epoch and item.
         first_epoch: epochs that earlier stages trained.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         chunk_size: items of a batch that go through the model at a time (see `training.chunked`), or None for all.
@@ -77,6 +82,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         self,
         *,
         objective: Callable[[Any, float], Mapping[str, Tensor]],
+        train_dataset: Dataset,
         regularizer: ReSoRA | None = None,
         evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
         first_epoch: int = 0,
@@ -85,8 +91,10 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         save_minutes: float | None = None,
         **kwargs: Any,
     ) -> None:
+        items = _LaterEpochs(train_dataset, first_epoch)
         # The base class wants a data set beside `eval_strategy`; the evaluator brings its own.
         super().__init__(
+            train_dataset=items,
             regularizer=regularizer,
             later_stage=first_epoch > 0,
             eval_dataset=None if evaluator is None else [],
@@ -96,7 +104,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         self.evaluator, self.first_epoch, self.chunk_size = evaluator, first_epoch, chunk_size
         if chunk_size is not None:
             check_chunkable(cast(nn.Module, self.model))
-        self.add_callback(_Epochs(self.train_dataset, first_epoch, evaluate_every))
+        self.add_callback(_Epochs(items, evaluate_every))
         self.add_callback(_KeepInRange())
         self.add_callback(_Checkpoints(save_minutes))
 
@@ -150,6 +158,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LAST_WRITTEN).unlink(missing_ok=True)  # one that was damaged is written again: not complete yet
         save(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -159,17 +168,38 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-class _Epochs(TrainerCallback):
-    """Tell the training data which epoch begins, so that its augmentation is a function of seed, epoch and item."""
+class _LaterEpochs(Dataset):
+    """Training data whose epochs are counted over all stages.
 
-    def __init__(self, dataset: Any, first_epoch: int, evaluate_every: int) -> None:
-        self.dataset, self.first_epoch, self.evaluate_every = dataset, first_epoch, evaluate_every
+    accelerate tells a data set the epoch of its stage, where it has one process, whenever it begins to iterate: in a
+    second stage the first one's augmentations would come again.
+    """
+
+    def __init__(self, dataset: Any, first_epoch: int) -> None:
+        self.dataset, self.first_epoch = dataset, first_epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int) -> Any:
+        return self.dataset[item]
+
+    def set_epoch(self, epoch: int) -> None:
+        """`epoch`: of this stage, from 0."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self.first_epoch + epoch)
+
+
+class _Epochs(TrainerCallback):
+    """Tell the training data which epoch begins (accelerate does not with several processes), and when to evaluate."""
+
+    def __init__(self, items: _LaterEpochs, evaluate_every: int) -> None:
+        self.items, self.evaluate_every = items, evaluate_every
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self.first_epoch + state.global_step // steps_of_an_epoch(args, state))
+        self.items.set_epoch(state.global_step // steps_of_an_epoch(args, state))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -220,8 +250,24 @@ class _KeepInRange(TrainerCallback):
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a stage; a half-written one (a process was killed) is passed over."""
+    """The newest complete checkpoint of a stage; what a kill, a full disk or a power cut has damaged is passed over."""
+    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there, and none is seen to be cut off."""
     count = process_count()  # each of several writes the state of its random numbers, and none waits for the others
     names = [LAST_WRITTEN, *(f"rng_state_{number}.pth" for number in range(count) if count > 1)]
-    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in names)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if not all((checkpoint / name).is_file() for name in names):
+        return False
+    files = [path for path in checkpoint.iterdir() if path.suffix != ".partial"]  # of a save that was killed
+    if any(path.stat().st_size == 0 for path in files):
+        return False
+    if not all(is_zipfile(path) for path in files if path.suffix in (".pt", ".pth")):  # its table comes last
+        return False
+    try:
+        json.loads((checkpoint / LAST_WRITTEN).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True

@@ -18,7 +18,8 @@ class ClassificationDataset(Protocol):
         name: the data set's key in `DATASETS`.
         classes: C names.
         labels: ``(n,)`` int64 in 0..C-1.
-        splits: each of `SPLITS` -> the indices of its images, ascending; no image is in two, and a split may be empty.
+        splits: each of `SPLITS` -> the indices of its images, ascending; no index is in two, and a split may be
+            empty. Where prior work validates on test (VTAB-1K), its images are there a second time.
         preprocessing: how files became what `images` returns; part of what a result depends on.
         augmentation: "none", or what `augmented` does at random.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from classification.data.folder import ListedFolder
 from classification.data.listed import ListedImages
@@ -88,9 +88,7 @@ class FewShot(ListedImages):
         augmentation: str = "none",
         check_counts: bool = True,
     ) -> None:
-        for key, value, known in (("shots", shots, SHOTS), ("subset_seed", subset_seed, SUBSET_SEEDS)):
-            if value not in known:
-                raise ValueError(f"data.{key} is {value!r}; choose from {', '.join(map(str, known))}, as published")
+        self.check({"dataset": dataset, "shots": shots, "subset_seed": subset_seed})
         self.dataset = dataset
         super().__init__(
             few_shot_folder(Path(root), dataset),
@@ -99,6 +97,15 @@ class FewShot(ListedImages):
             augmentation=augmentation,
             check_counts=check_counts,
         )
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """As `ListedImages.check`."""
+        super().check(options)
+        for key, known in (("shots", SHOTS), ("subset_seed", SUBSET_SEEDS)):
+            if options[key] not in known:
+                choices = ", ".join(map(str, known))
+                raise ValueError(f"data.{key} is {options[key]!r}; choose from {choices}, as published")
 
     @classmethod
     def locate(cls, root: Path, dataset: str) -> ListedFolder:

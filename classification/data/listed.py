@@ -20,6 +20,7 @@ from classification.data.folder import ListedFolder, class_count
 from classification.data.lists import check_disjoint
 from classification.data.pixels import Preprocessing, read_image
 from classification.data.verification import Verification, spaced, verify_folders
+from training import check_name
 
 SAMPLES = 64  # files of each split whose bytes enter the fingerprint
 
@@ -131,6 +132,11 @@ class ListedImages:
             return self._preprocess(image)
         with seeded(int(index), int(seed)):
             return self._transform(image)
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for a data set, or a choice of its lists, that is not published; nothing is read."""
+        check_name("data.dataset", options["dataset"], cls.published)
 
     @classmethod
     def locate(cls, root: Path, dataset: str) -> ListedFolder:

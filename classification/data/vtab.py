@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from classification.data.folder import ListedFolder
 from classification.data.listed import ListedImages
@@ -83,7 +83,8 @@ class Vtab(ListedImages):
         dataset: a key of `VTAB_1K`.
         train: "train800val200": train on all 1,000 images, as published; the validation split is empty. "train800":
             on 800, and validate on the other 200, to choose settings.
-        validation: None, what `train` holds out; "test", the test split, on which FacT and NOAH choose the epoch.
+        validation: None, what `train` holds out; "test", the test split, on which FacT and NOAH choose the epoch. They
+            train on all 1,000.
         size: side in pixels.
         normalization: a key of `NORMALIZATIONS`.
         check_counts: refuse other numbers of images and classes than the published ones.
@@ -108,16 +109,28 @@ class Vtab(ListedImages):
         normalization: str = "half",
         check_counts: bool = True,
     ) -> None:
-        if train not in PROTOCOLS:
-            raise ValueError(f"data.train is {train!r}; choose from {', '.join(PROTOCOLS)}")
-        if validation not in (None, "test"):
-            raise ValueError(f"data.validation is {validation!r}; expected null or test, as prior work has it")
+        self.check({"dataset": dataset, "train": train, "validation": validation})
         lists = PROTOCOLS[train] | ({} if validation is None else {"validation": validation})
         preprocessing = Preprocessing(size=size, normalization=normalization)
         self.dataset = dataset
         super().__init__(
             vtab_folder(Path(root), dataset), lists, preprocessing=preprocessing, check_counts=check_counts
         )
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """As `ListedImages.check`."""
+        super().check(options)
+        train, validation = options["train"], options.get("validation")
+        if train not in PROTOCOLS:
+            raise ValueError(f"data.train is {train!r}; choose from {', '.join(PROTOCOLS)}")
+        if validation not in (None, "test"):
+            raise ValueError(f"data.validation is {validation!r}; expected null or test, as prior work has it")
+        if validation and "validation" in PROTOCOLS[train]:
+            raise ValueError(
+                f"data.train={train} holds images out to validate on, and data.validation=test validates on others: "
+                "prior work trains on all 1,000, data.train=train800val200"
+            )
 
     @classmethod
     def locate(cls, root: Path, dataset: str) -> ListedFolder:

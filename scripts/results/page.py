@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.metrics import RECALL_KEYS
+from results.few_shot import AVERAGE
 from results.rows import NAMES, Row, Table
 
 TITLES = {
@@ -15,6 +16,7 @@ TITLES = {
     **{group: group.capitalize() for group in ("natural", "specialized", "structured")},
 }
 R_AT_K = "R@K is a hit rate: the percentage of queries with a right answer among the first K."
+FIVE = "Each score is a mean over the five data sets; a seed counts only if it has all five."
 AVERAGES = "Average: mean of the groups' means; All: mean of the data sets. Both are of the seeds that have all 19."
 ROOM = 10  # scores side by side
 
@@ -85,6 +87,8 @@ def _notes(table: Table, compared: bool) -> list[str]:
     notes = ["Test split; mean ± standard deviation over the seeds."]
     if "rsum" in table.measured:
         notes.append(R_AT_K)
+    if table.name == AVERAGE:
+        notes.append(FIVE)
     if "average" in table.derived:
         notes.append(AVERAGES)
     if compared:

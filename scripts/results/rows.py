@@ -14,6 +14,7 @@ from classification.data.vtab import GROUPS, VTAB_1K
 from eval.metrics import RECALL_KEYS
 from eval.significance import PairedDifference, holm, paired_difference
 from eval.vtab import vtab_averages
+from results.few_shot import OF_ONE, with_averages
 from results.runs import Result
 
 Seed = tuple[int, ...]
@@ -84,9 +85,9 @@ class Table:
 
 
 def make_tables(results: Iterable[Result]) -> tuple[list[Table], dict[Path, str]]:
-    """One table for each data set, and the runs that are there twice: {folder: the folder that was taken}."""
+    """A table for each data set, one of few-shot averages; and what is there twice, {its folder: the one taken}."""
     by_table: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
+    for result in with_averages(results):
         by_table[result.table].append(result)
     tables, twice = [], dict[Path, str]()
     for name, some in sorted(by_table.items()):
@@ -133,7 +134,7 @@ def _columns(table: str, rows: Iterable[Row]) -> tuple[tuple[str, ...], tuple[st
     if table == "classification vtab":
         measured = tuple(name for name in VTAB_1K if name in there)
         return measured, (*GROUPS, "average", "all"), "average" if len(measured) > 1 else measured[0]
-    if table.startswith("classification few_shot "):
+    if table.startswith(OF_ONE):
         shots = tuple(sorted(there, key=int))
         return (shots, ("mean",), "mean") if len(shots) > 1 else (shots, (), shots[0])
     return ("accuracy",), (), "accuracy"
@@ -143,7 +144,7 @@ def _derived(table: str, scores: Mapping[str, float], measured: Iterable[str]) -
     """Averages of one seed over data sets or shots; an average over fewer than all is left out."""
     if table == "classification vtab":
         return {name: mean for name, mean in vtab_averages(scores, GROUPS).items() if mean is not None}
-    if table.startswith("classification few_shot ") and all(shots in scores for shots in measured):
+    if table.startswith(OF_ONE) and all(shots in scores for shots in measured):
         return {"mean": fmean(scores[shots] for shots in measured)}
     return {}
 

@@ -91,7 +91,12 @@ def read_run(folder: Path) -> list[Result]:
     if "data.shots" in flat:
         parts.append(str(flat["data.dataset"]))
     flat = _by_dataset(config, flat)
-    settings = {key: value for key, value in flat.items() if not f"{key}.".startswith(_below(NOT_SETTINGS))}
+    settings = {
+        key: value
+        for key, value in flat.items()
+        # What is null is as good as absent: an earlier version may not have had the setting.
+        if value is not None and not f"{key}.".startswith(_below(NOT_SETTINGS))
+    }
     settings["trainer.precision"] = described["precision"]
     settings["trainer.batch_size"] = described.get("batch_size", flat["trainer.batch_size"])
     result = Result(
@@ -111,7 +116,8 @@ def read_run(folder: Path) -> list[Result]:
 def _by_dataset(config: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
     """The flat configuration, where what a recipe chooses for each data set is one setting of all of them.
 
-    A row of Table 2 has its ranks, say, in `by_dataset`, and the run of a data set the one that belongs to it.
+    A row of Table 2 has its ranks, say, in `by_dataset`, and the run of a data set the one that belongs to it. A rate
+    may be one for each number of shots.
     """
     if BY_DATASET not in config:
         return dict(flat)
@@ -119,6 +125,8 @@ def _by_dataset(config: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str,
     table = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
     own = dict(chosen.get(flat["data.dataset"], {}))
     rate = own.pop("rate", None)
+    if isinstance(rate, Mapping):
+        rate = rate[str(flat["data.shots"])]
     found = {}
     for key, value in flat.items():
         name = key.rpartition(".")[2]

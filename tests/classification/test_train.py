@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from sklearn.metrics import accuracy_score
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_classification.py`
 
 import evaluate as evaluate_command
 import train_classification
+from command_line import compose
 
 from adapters import load
 from classification.assemble import assemble
@@ -28,8 +27,6 @@ from classification.evaluate import evaluate, predict
 from classification.experiment import Experiment
 from classification.train import train
 from training import RunFolder
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +43,7 @@ def overrides(root: Path, runs: Path) -> list[str]:
 
 
 def config(root: Path, runs: Path, *more: str) -> dict[str, Any]:
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "scripts/conf")):
-        composed = compose("train_classification", [*overrides(root, runs), *more])
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    return plain
+    return compose("train_classification", [*overrides(root, runs), *more])
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +79,7 @@ def test_lora_with_the_penalty(root: Path, tmp_path: Path, capsys: pytest.Captur
 
     # So does the command, from the folder.
     again = tmp_path / "again.json"
-    evaluate_command.main({"run": str(folder), "split": "test", "root": None, "output": str(again)})
+    evaluate_command.main(compose("evaluate", [f"run={folder}", f"output={again}"]))
     assert f"{metrics['test']['accuracy']:.1f}" in capsys.readouterr().out
     assert json.loads(again.read_text())["test"] == pytest.approx(metrics["test"], rel=1e-6)
 

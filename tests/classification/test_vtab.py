@@ -219,6 +219,7 @@ def test_what_is_missing_is_told(mine: Path, tmp_path: Path) -> None:
         ({"dataset": "cifar100"}, "unknown data.dataset 'cifar100'; did you mean 'cifar'?"),
         ({"train": "all"}, "data.train is 'all'; choose from train800val200, train800"),
         ({"validation": "val200"}, "data.validation is 'val200'; expected null or test, as prior work has it"),
+        ({"train": "train800", "validation": "test"}, "prior work trains on all 1,000, data.train=train800val200"),
         ({"size": 0}, "data.size is 0"),
         ({"normalization": "clip"}, "data.normalization is 'clip'; choose from half, imagenet, none"),
         (

@@ -65,3 +65,18 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json, model\.safetensors"):
         bert(str(tmp_path), tmp_path)
+
+
+def test_damaged_weights_and_those_of_another_size_are_told(tmp_path: Path) -> None:
+    write(tmp_path, BertForPreTraining(BertConfig(vocab_size=len(WORDS), **SIZES)))
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 4):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded as the BERT .*damaged, get it"):
+            bert(str(tmp_path), tmp_path)
+    file.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    with pytest.raises(ValueError, match=r"cannot be loaded as the BERT .*take both files from the same model"):
+        bert(str(tmp_path), tmp_path)

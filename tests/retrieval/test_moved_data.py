@@ -66,7 +66,7 @@ def test_a_run_goes_on_and_is_evaluated_where_its_data_are(
 
     second.rename(third)
     output = tmp_path / "again.json"
-    asked = {"run": str(resumed.path), "split": "test", "root": str(third), "output": str(output)}
+    asked = compose("evaluate", [f"run={resumed.path}", f"root={third}", f"output={output}"])
     evaluate.main(asked)
     assert json.loads(output.read_text())["test"] == whole.read_json("metrics.json")["test"]
     assert train(config(third, tmp_path / "runs")).path == resumed.path, "finished: it is not trained again"

@@ -70,7 +70,7 @@ def test_the_published_recipe() -> None:
 
 
 def test_selection_on_test_and_dead_videos_are_said(root: Path, tmp_path: Path) -> None:
-    """As prior work selects; one video of the test cannot be read."""
+    """As prior work selects, and by what CLIP4Clip's code does; one video of the test cannot be read."""
     folder = tmp_path / "msrvtt"
     shutil.copytree(root / "msrvtt", folder, ignore=shutil.ignore_patterns("frames"))
     (folder / "videos" / f"{TEST[1]}.mp4").write_bytes(b"")
@@ -82,8 +82,9 @@ def test_selection_on_test_and_dead_videos_are_said(root: Path, tmp_path: Path) 
             "train_retrieval",
             [
                 *("table1=msrvtt_lora", *SMALL, "data.validation=test", "data.max_unreadable=0.5"),
-                *("trainer.selection=validation", "trainer.stages.regularize.epochs=0"),
-                *(f"model.towers={registered()}", f"root={tmp_path}", f"runs={tmp_path / 'runs'}"),
+                *("trainer.selection=validation", "trainer.selection_metric=t2i_R@1"),
+                *("trainer.stages.regularize.epochs=0", f"model.towers={registered()}"),
+                *(f"root={tmp_path}", f"runs={tmp_path / 'runs'}"),
             ],
         )
         threads = torch.get_num_threads()
@@ -92,7 +93,9 @@ def test_selection_on_test_and_dead_videos_are_said(root: Path, tmp_path: Path) 
         finally:
             torch.set_num_threads(threads)
     described, report = run.read_json("run.json"), (run.path / "report.html").read_text()
-    expected = "the epoch of each stage with the best Rsum on the test split (data.validation=test, as in prior work)"
+    expected = (
+        "the epoch of each stage with the best t2i_R@1 on the test split (data.validation=test, as in prior work)"
+    )
     assert described["selection"] == expected and report.count(expected) == 3
     for split in ("validation", "test"):
         assert f"1 of 3 videos of {split} cannot be read" in described["preprocessing"]

@@ -17,7 +17,8 @@ from small_clip import registered
 from retrieval.assemble import restore
 from retrieval.data.openmoji_clips import OpenMojiClips
 from retrieval.evaluate import encode
-from retrieval.train import train
+from retrieval.experiment import Experiment
+from retrieval.train import Retrieval, train
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -85,10 +86,26 @@ def test_what_is_ranked_is_computed_in_float32(root: Path, tmp_path: Path) -> No
         visual = torch.cat([model.encode_visual(**clip) for clip in clips])
         text = torch.cat([model.encode_text(torch.tensor([ids])) for ids in captions["test"].ids])
     cosines = text.double() @ visual.double().T
-    for query in retrieved["queries"]:
-        row = cosines[data.captions.index(query["query"])]
+    assert [query["query"] for query in retrieved["queries"]] == list(data.captions), "twelve captions, twelve queries"
+    for row, owner, query in zip(cosines, data.image_of_caption, retrieved["queries"], strict=True):
+        assert len(query["results"]) == len(data) == 4  # so one is right, wherever it stands, and three are wrong
         for result in query["results"]:
             assert result["score"] == pytest.approx(float(row[result["item"]]), abs=1e-5)
+            assert result["right"] is (result["item"] == int(owner))
+
+
+def test_another_seed_is_another_training(root: Path, tmp_path: Path) -> None:
+    """It gives the adapter other first values, and the clips other ones of their captions."""
+    asked = config(root, tmp_path)
+    found = [Retrieval(Experiment.of(asked | {"seed": seed})) for seed in (0, 1, 1)]
+    assert [task.items.seed for task in found] == [0, 1, 1]
+    one, other, again = ([task.items[index]["input_ids"] for index in range(12)] for task in found)
+    assert one != other == again
+    names = [name for name, p in found[0].model.named_parameters() if p.requires_grad and name.endswith(".A")]
+    assert names
+    for name in names:
+        one, other, again = (task.model.get_parameter(name) for task in found)
+        assert not torch.equal(one, other) and torch.equal(other, again)
 
 
 def test_clips_without_frames_train_and_are_counted(

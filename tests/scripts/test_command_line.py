@@ -17,8 +17,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/train_retrieval.py`
 
 import evaluate
+import torch
 import train_retrieval
-from command_line import launch
+from command_line import compose, launch
 from mistakes import mistakes_in_one_line
 from summary import print_summary
 
@@ -125,15 +126,19 @@ def test_a_mistake_as_it_is_launched(tmp_path: Path) -> None:
 
 
 def test_evaluating_what_is_no_run_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
-    def refused(message: str, **config: str | None) -> None:
+    def refused(message: str, **config: str) -> None:
+        given = [f"{key}={value}" for key, value in config.items()]
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            evaluate.main({"run": str(tmp_path), "split": "test", "root": None, "output": None} | config)
+            evaluate.main(compose("evaluate", [f"run={tmp_path}", *given]))
 
     refused("holds no run.json and config.yaml: expected the folder of a finished run")
     RunFolder(tmp_path).write_json("run.json", {"data": {"name": "openmoji"}})
     (tmp_path / "config.yaml").touch()
     refused("its folder does not exist", output=str(tmp_path / "nowhere" / "metrics.json"))
     refused("split is 'dev'", split="dev")
+    refused("folds is 'five'; expected a whole number, 1 or more", folds="five")
+    RunFolder(tmp_path).write_json("run.json", {"data": {"name": "digits"}, "threads": torch.get_num_threads()})
+    refused("folds and embeddings are of retrieval", folds="5")
 
 
 def test_the_stack_trace_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,11 @@ def composed() -> list[tuple[Any, dict[str, Any]]]:
             {"trainer.stages.adapt.regularize": "x"},
             r"trainer\.stages\.adapt\.regularize is 'x'; expected true or false$",
         ),
+        ({"trainer.selection_metric": "MedR"}, "selection_metric=MedR and selection=last do not go together"),
+        (
+            {"trainer.selection": "validation", "trainer.selection_metric": "t2i_MedR"},
+            r"unknown trainer\.selection_metric 't2i_MedR'.* choose from (rsum, i2t_R@1, .*|accuracy)$",
+        ),
         ({"seed": 1.5}, r"seed is 1\.5; expected a whole number$"),
     ],
 )
@@ -123,6 +128,14 @@ def test_sizes_of_a_model_are_numbers(tmp_path: Path) -> None:
         data = SimpleNamespace(name="some", visual=lambda index, holds=holds: holds)
         with pytest.raises(ValueError, match=rf"model\.{size} is 'x'; expected a whole number$"):
             build_model({"name": model, size: "x"}, cast(Any, data), tmp_path)
+        with pytest.raises(ValueError, match=f"model={model} does not take these settings: .*'{size}s'"):
+            build_model({"name": model, f"{size}s": 1}, cast(Any, data), tmp_path)
+
+
+def test_one_logger_needs_no_list(composed: list[tuple[Any, dict[str, Any]]]) -> None:
+    for experiment, config in composed:
+        for loggers in ("tensorboard", ["tensorboard"]):
+            assert experiment.of(changed(config, {"trainer.report_to": loggers})).recipe.report_to == ("tensorboard",)
 
 
 def test_without_a_penalty_no_stage_has_to_regularize(composed: list[tuple[Any, dict[str, Any]]]) -> None:

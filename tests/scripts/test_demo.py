@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -62,7 +63,17 @@ def test_make_demo(target: str, tmp_path: Path, cache: Path) -> None:
     assert train(yaml.safe_load((run / "config.yaml").read_text())).path == run
     assert (run / "metrics.json").stat().st_mtime_ns == written
 
-    # Its adapter file alone gives the same numbers on the same backbone.
-    output = tmp_path / "again.json"
-    evaluate.main({"run": str(run), "split": "test", "root": None, "output": str(output)})
-    assert json.loads(output.read_text())["test"] == metrics["test"]
+    # Its adapter file alone gives the same numbers on the same backbone, those of folds, and embeddings to look at.
+    output, folder = tmp_path / "again.json", tmp_path / "embeddings"
+    asked = {"run": str(run), "split": "test", "root": None, "output": str(output)}
+    evaluate.main(asked | {"folds": 2, "embeddings": str(folder)})
+    again = json.loads(output.read_text())
+    assert again["test"] == metrics["test"]
+    images, texts, owners = (np.load(folder / f"{name}.npy") for name in ("images", "texts", "owners"))
+    half, hits = len(images) // 2, []
+    for first in (0, half):
+        captions = np.flatnonzero((owners >= first) & (owners < first + half))
+        best = first + (texts[captions] @ images[first : first + half].T).argmax(axis=1)
+        hits.append((best == owners[captions]).mean())
+    assert again["folds"]["test"]["t2i_R@1"] == pytest.approx(100 * np.mean(hits))
+    assert again["folds"]["chance"]["test"]["t2i_R@1"] == pytest.approx(100 / half)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,12 @@ import yaml
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/results_table.py`
+sys.path.insert(0, str(Path(__file__).parent))
 
 import results_table
-from command_line import compose
+from run_folders import Runs, table_of
 
 from classification.data.vtab import GROUPS, VTAB_1K
-from eval.metrics import RECALL_KEYS
 from eval.vtab import vtab_averages
 
 # Rows of Table 2: natural, specialized, structured; "Average" and "All Set Average".
@@ -57,59 +54,9 @@ def test_a_mean_over_fewer_is_none() -> None:
         vtab_averages({"mnist": 99.0}, GROUPS)
 
 
-@functools.cache
-def composed(command: str, *overrides: str) -> dict[str, Any]:
-    return compose(command, list(overrides))
-
-
-class Runs:
-    """Writes run folders, each in a place of its own below one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-
-    def write(
-        self, command: str, *overrides: str, score: float | None, seed: int = 0, run: dict[str, Any] | None = None,
-        metrics: dict[str, Any] | None = None, **settings: Any,
-    ) -> Path:  # fmt: skip
-        """A run whose test accuracy, or each of its recalls, is `score`; None for one that has not finished.
-
-        `settings`: keys of the configuration, with __ for a dot; run: more of run.json, metrics: of metrics.json.
-        """
-        config = copy.deepcopy(composed(command, *overrides))
-        if config["data"].get("subset_seed") == config["seed"]:
-            config["data"]["subset_seed"] = seed
-        config["seed"] = seed
-        for key, value in settings.items():
-            *above, last = key.split("__")
-            functools.reduce(dict.__getitem__, above, config)[last] = value
-        self.count += 1
-        path = self.folder / f"run{self.count:03d}"
-        path.mkdir(parents=True)
-        (path / "config.yaml").write_text(yaml.safe_dump(config))
-        data = {"name": config["data"]["name"], "fingerprint": "f" * 64}
-        described = {
-            "precision": "float32",
-            "selection": "the last epoch of each stage",
-            "data": data,
-            "batch_size": 32,
-        }
-        (path / "run.json").write_text(json.dumps(described | (run or {})))
-        if score is not None:
-            recalls = dict.fromkeys(RECALL_KEYS, score) | {"rsum": 6 * score}
-            test = recalls if command == "train_retrieval" else {"accuracy": score}
-            (path / "metrics.json").write_text(json.dumps({"test": test} | (metrics or {})))
-        return path
-
-
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path / "runs")
-
-
-def table_of(runs: Runs) -> pd.DataFrame:
-    results_table.main([runs.folder], runs.folder / "table.csv")
-    return pd.read_csv(runs.folder / "table.csv", na_filter=True, keep_default_na=False, na_values=[""])
 
 
 def test_means_deviations_and_paired_differences(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +109,17 @@ def test_whatever_differs_is_a_row_of_its_own_and_says_so(runs: Runs) -> None:
     assert table["difference"].isna().all() if "difference" in table else True
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_is_null(runs: Runs) -> None:
+    for seed in range(3):
+        path = runs.write("train_retrieval", score=50.0 + seed, seed=seed) / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        if seed == 0:
+            del config["trainer"]["selection_metric"], config["trainer"]["save_minutes"]
+        path.write_text(yaml.safe_dump(config))
+    table = table_of(runs)
+    assert table["seeds"].tolist() == [3] and table["settings"].isna().all()
+
+
 def test_settings_of_other_methods_are_no_difference(runs: Runs) -> None:
     """A row without a penalty has no weight, and dropout is compared among adapters of one name."""
     runs.write("train_retrieval", "regularizer=none", score=50.0)
@@ -182,25 +140,6 @@ def test_prior_works_way_is_labelled_though_all_rows_have_it(runs: Runs, capsys:
     assert table.loc["retrieval flickr30k", "settings"] == "protocol.name=as_published"
     printed = capsys.readouterr().out
     assert f"Weights of {words}." in printed and "validated on the test split, as in prior work" in printed
-
-
-def test_few_shot_has_shots_as_columns_and_seeds_with_their_training_lists(runs: Runs) -> None:
-    scores = {1: (30.0, 34.0, 35.0), 4: (50.0, 51.0, 55.0), 16: (70.0, 72.0, 71.0)}
-    for shots, several in scores.items():
-        for seed, score in enumerate(several):
-            few = ("data=few_shot", "data.dataset=oxford-pets", f"data.shots={shots}", "model=vit_b16")
-            runs.write("train_classification", *few, score=score, seed=seed)
-            if shots != 16:
-                runs.write("train_classification", *few, "regularizer=none", score=score - seed, seed=seed)
-    table = table_of(runs).set_index("regularizer")
-    assert set(table["table"]) == {"classification few_shot oxford-pets"}
-    assert [c for c in table.columns if c.isdigit() or c == "mean"] == ["1", "4", "16", "mean"]
-    assert table.loc["linear", ["1", "4", "16"]].tolist() == [33.0, 52.0, 71.0]
-    means = np.mean(list(scores.values()), axis=0)  # over shots, a seed each
-    assert table.loc["linear", "mean"] == pytest.approx(means.mean())
-    assert table.loc["linear", "mean sd"] == pytest.approx(means.std(ddof=1))
-    assert pd.isna(table.loc["none", "mean"]) and table.loc["none", "4"] == pytest.approx(51.0)
-    assert table["difference"].isna().all() if "difference" in table else True  # no seed without penalty has all shots
 
 
 def test_vtab_has_its_19_data_sets_and_averages(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,8 @@ def test_the_readmes_commands() -> None:
     commands = re.findall(r"^python scripts/train_retrieval\.py (table1=.*)", text, re.MULTILINE)
     experiments = [Experiment.of(compose("train_retrieval", command.split())) for command in commands]
     on_test = [each for each in experiments if each.data_options.get("validation") == "test"]
-    assert [(len(each.recipe.stages), each.recipe.selection) for each in on_test] == [(1, "validation")]
+    (recipe,) = (each.recipe for each in on_test)
+    assert (len(recipe.stages), recipe.selection, recipe.selection_metric) == (1, "validation", "t2i_R@1")
     started = [each for each in experiments if each.start_from]  # where the row without ReSoRA has its run
     assert [each.start_from for each in started] == [
         each.runs.joinpath(*each.levels[:-2], "none", each.levels[-1]) for each in started

@@ -1,9 +1,8 @@
-"""Stages, and a real kill: the resumed run ends in the same bits as the uninterrupted one."""
+"""Stages: what each trains, logs and leaves, and what is refused before it begins."""
 
 from __future__ import annotations
 
-import json
-import signal
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,60 +14,13 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
+from tiny import lines
 from torch import nn
 
 from training import Recipe, RunFolder, Stage
 from training.hardware import check_devices
 from training.optimizers import build_optimizer
 from training.stages import check_items
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("epoch", "adapter", "restart"),
-    [(2, "adalora", True), (4, "lora", True), (4, "lora", False)],
-)
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, epoch: int, adapter: str, restart: bool) -> None:
-    torch.set_num_threads(1)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    script = [sys.executable, tiny.__file__, str(killed), str(epoch), adapter, str(restart)]
-    assert subprocess.run(script, capture_output=True, timeout=120).returncode == -signal.SIGKILL
-    assert not (killed / "checkpoints/regularize/history.json").exists()
-    resumed, uninterrupted = (tiny.train(folder, adapter=adapter, restart=restart) for folder in (killed, whole))
-    for name, tensor in uninterrupted.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-    without_score = [{k: v for k, v in line.items() if k != "validation"} for line in lines(killed)]
-    assert without_score == [{k: v for k, v in line.items() if k != "validation"} for line in lines(whole)]
-
-
-def test_a_run_that_is_saved_inside_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    """Five epochs of 4 steps, saved after steps 5, 10 and 15, interrupted in step 16, the last of the 4th epoch."""
-    steps = 0
-
-    def objective(output: torch.Tensor, epoch: float) -> dict[str, torch.Tensor]:
-        nonlocal steps
-        steps += 1
-        if steps == 16:
-            raise KeyboardInterrupt
-        return {"squares": (output - epoch).square().mean()}
-
-    settings: dict[str, Any] = {"stages": (Stage(name="adapt", epochs=5),), "evaluator": lambda model: {"rsum": 1.0}}
-    whole = tiny.train(tmp_path / "whole", **settings)
-    saved = settings | {"objective": objective, "save_minutes": 1e-9}
-    with pytest.raises(KeyboardInterrupt):
-        tiny.train(tmp_path / "saved", **saved)
-    (checkpoint,) = (tmp_path / "saved/checkpoints/adapt").glob("checkpoint-*")
-    assert checkpoint.name == "checkpoint-15"
-    resumed = tiny.train(tmp_path / "saved", **saved)
-    assert steps == 16 + 5
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-    assert lines(tmp_path / "saved") == lines(tmp_path / "whole")
-    with pytest.raises(ValueError, match="save_minutes is 0"):
-        Recipe(stages=tiny.STAGES, save_minutes=0)
 
 
 def test_two_processes_have_one_optimiser_one_score_and_one_best_epoch(tmp_path: Path) -> None:
@@ -78,10 +30,14 @@ def test_two_processes_have_one_optimiser_one_score_and_one_best_epoch(tmp_path:
     done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first.keys() == second.keys() and len(first) > 4
-    for name, parameter in first.items():
-        assert torch.equal(second[name], parameter), name
+    of_first, of_second = first["parameters"], second["parameters"]
+    assert of_first.keys() == of_second.keys() and len(of_first) > 4
+    for name, parameter in of_first.items():
+        assert torch.equal(of_second[name], parameter), name
     assert [line["epoch"] for line in lines(tmp_path) if "validation" in line] == [1, 2, 1, 2, 3]
+    for each in (first, second):  # two batches of 5 an epoch, epochs counted over both stages
+        assert [epoch for epoch, _ in each["items"]] == [epoch for epoch in range(5) for _ in range(10)]
+    assert len({*first["items"], *second["items"]}) == 5 * 20, "no item in both"
 
     first, second = (torch.load(tmp_path / f"apart{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["reported"] == second["reported"]
@@ -110,91 +66,12 @@ def test_stages_train_with_and_without_the_penalty_and_are_logged(tmp_path: Path
     assert not weights, "a checkpoint holds nothing to unpickle but torch's own optimiser state"
 
 
-def test_fewer_evaluations_change_nothing_else(tmp_path: Path) -> None:
-    every, second = tiny.train(tmp_path / "every"), tiny.train(tmp_path / "second", evaluate_every=2)
-    epochs = [line["epoch"] for line in lines(tmp_path / "second") if "validation" in line]
-    assert epochs == [2, 2, 3], "the last epoch of a stage always"
-    for name, tensor in every.state_dict().items():
-        assert torch.equal(second.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match="evaluate_every is 0; expected 1 or more"):
-        Recipe(stages=tiny.STAGES, evaluate_every=0)
-
-
 def test_the_penalty_changes_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_penalty = tiny.train(tmp_path / "a")
     monkeypatch.setattr(tiny, "ReSoRA", lambda *_, **__: None)
     without = tiny.train(tmp_path / "b")
     a = "mlp.fc1.branches.fc1.A"
     assert not torch.equal(with_penalty.state_dict()[a], without.state_dict()[a])
-
-
-def test_selection_keeps_the_weights_of_the_best_epoch_of_each_stage(tmp_path: Path) -> None:
-    """The scores peak in epoch 1 of 2, then in epoch 2 of 3, which starts from the former."""
-    scores, seen = [5.0, 1.0, 2.0, 4.0, 3.0], list[dict[str, torch.Tensor]]()
-
-    def evaluator(model: nn.Module) -> dict[str, float]:
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return {"rsum": scores[len(seen) - 1]}
-
-    model = tiny.train(tmp_path, selection="validation", evaluator=evaluator)
-    assert len(seen) == 5 and not torch.equal(seen[3]["mlp.fc1.branches.fc1.A"], seen[4]["mlp.fc1.branches.fc1.A"])
-    for stage, best in (("adapt", seen[0]), ("regularize", seen[3])):
-        kept = load_file(tmp_path / "checkpoints" / stage / "adapter.safetensors")
-        assert all(torch.equal(best[name], tensor) for name, tensor in kept.items()), stage
-    for name, tensor in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert torch.equal(tensor, seen[3][name]), name
-
-
-def test_selection_is_among_the_epochs_that_are_evaluated(tmp_path: Path) -> None:
-    """Of six epochs the 2nd, 4th and 6th are; the 2nd is the best, and the 4th's evaluation is interrupted."""
-    seen = list[dict[str, torch.Tensor]]()
-
-    def train(*scores: float) -> nn.Module:
-        remaining = list(scores)
-
-        def evaluator(model: nn.Module) -> dict[str, float]:
-            if not remaining:
-                raise KeyboardInterrupt
-            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-            return {"rsum": remaining.pop(0)}
-
-        stages = (Stage(name="adapt", epochs=6),)
-        return tiny.train(tmp_path, stages=stages, selection="validation", evaluate_every=2, evaluator=evaluator)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(5.0)
-    assert (tmp_path / "checkpoints/adapt/checkpoint-12").is_dir(), "the 3rd epoch, without an evaluation"
-    model = train(4.0, 3.0)
-    assert [line["epoch"] for line in lines(tmp_path) if "validation" in line] == [2, 4, 6]
-    for name, tensor in model.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert torch.equal(tensor, seen[0][name]), name
-    assert not torch.equal(seen[0]["mlp.fc1.branches.fc1.A"], seen[2]["mlp.fc1.branches.fc1.A"])
-
-
-def test_the_best_epoch_is_found_where_the_run_has_been_moved_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted between its last epoch and what it leaves: transformers notes the place of the best checkpoint."""
-    scores, seen = [5.0, 1.0], list[dict[str, torch.Tensor]]()
-
-    def evaluator(model: nn.Module) -> dict[str, float]:
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return {"rsum": scores[len(seen) - 1]}
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    settings: dict[str, Any] = {"stages": tiny.STAGES[:1], "selection": "validation", "evaluator": evaluator}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("training.stages.save", interrupted)
-        tiny.train(tmp_path / "here", **settings)
-    (tmp_path / "here").rename(tmp_path / "there")
-    model = tiny.train(tmp_path / "there", **settings)
-    assert len(seen) == 2, "no epoch was trained again"
-    a = "mlp.fc1.branches.fc1.A"
-    assert torch.equal(model.state_dict()[a], seen[0][a]) and not torch.equal(seen[0][a], seen[1][a])
 
 
 def test_an_objective_is_told_the_epochs_since_the_first_stage_began(tmp_path: Path) -> None:
@@ -225,6 +102,30 @@ def test_gradients_reach_the_optimizer_with_the_norm_that_was_asked_for(
     monkeypatch.setattr("training.stages.build_optimizer", observed)
     tiny.train(tmp_path, max_grad_norm=0.01)
     assert norms == pytest.approx([0.01] * 20, rel=1e-3)
+
+
+def test_a_model_keeps_its_parameters_in_range_after_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.05 and a limit of 0.125: without it, the weights are beyond it in the third step."""
+    begun, stepped = list[float](), list[float]()
+
+    class Bounded(tiny.Model):
+        def largest(self) -> float:
+            return float(self.head[2].weight.detach().abs().max())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            begun.append(self.largest())
+            return super().forward(x)
+
+        def after_step(self) -> None:
+            stepped.append(self.largest())
+            with torch.no_grad():
+                self.head[2].weight.clamp_(-0.125, 0.125)
+
+    monkeypatch.setattr(tiny, "Model", Bounded)
+    model = tiny.train(tmp_path)
+    assert isinstance(model, Bounded)
+    assert len(begun) == len(stepped) == 20, "once a step"
+    assert max(stepped[1:]) > 0.125 >= max(*begun[1:], model.largest())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -286,8 +187,24 @@ def test_bfloat16_trains_without_an_accelerator(tmp_path: Path) -> None:
     torch.testing.assert_close(rounded.state_dict()[a], exact.state_dict()[a], rtol=0.5, atol=0.3)
 
 
-def test_without_restart_one_schedule_and_one_optimizer_span_the_stages(tmp_path: Path) -> None:
-    """Against a single stage of the same epochs: with a penalty of weight 0 the two are the same run."""
+def test_without_restart_one_schedule_and_one_optimizer_span_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rates are those of a single stage of as many epochs; the second one begins with the moments of the first."""
+    begun = list[list[dict[int, dict[str, torch.Tensor]]]]()
+
+    def observed(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer, states = build_optimizer(*arguments), list[dict[int, dict[str, torch.Tensor]]]()
+        begun.append(states)
+
+        def before_a_step(*_: Any) -> None:
+            if not states:
+                states.append(copy.deepcopy(optimizer.state_dict()["state"]))
+
+        optimizer.register_step_pre_hook(before_a_step)
+        return optimizer
+
+    monkeypatch.setattr("training.stages.build_optimizer", observed)
     whole = (Stage(name="all", epochs=5, regularize=True),)
     halves = (Stage(name="adapt", epochs=2), Stage(name="regularize", epochs=3, regularize=True))
     rates = [
@@ -296,11 +213,22 @@ def test_without_restart_one_schedule_and_one_optimizer_span_the_stages(tmp_path
         if tiny.train(tmp_path / name, stages=stages, restart=restart)
     ]
     assert rates[1] == pytest.approx(rates[0]) and rates[2] != pytest.approx(rates[0])
-    whole_state, last_state = (
+    whole_state, first_state, last_state = (
         torch.load(tmp_path / path / "optimizer.pt", weights_only=True)["state"]
-        for path in ("whole/checkpoints/all/checkpoint-20", "halves/checkpoints/regularize/checkpoint-12")
+        for path in (
+            "whole/checkpoints/all/checkpoint-20",
+            "halves/checkpoints/adapt/checkpoint-8",
+            "halves/checkpoints/regularize/checkpoint-12",
+        )
     )
     assert whole_state[0]["step"] == last_state[0]["step"] == 20
+    (_, (at_first,), (at_second,), _, (at_restart,)) = begun
+    assert at_first == at_restart == {} and at_second.keys() == first_state.keys()
+    for number, saved in first_state.items():
+        assert saved["step"] == 8 and saved["exp_avg"].any() and saved["exp_avg_sq"].any()
+        assert at_second[number].keys() == saved.keys()
+        for name, moment in saved.items():
+            assert torch.equal(at_second[number][name], moment), (number, name)
     with pytest.raises(ValueError, match="selection=last"):
         Recipe(stages=halves, restart=False, selection="validation")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -37,14 +38,21 @@ class Items(Dataset):
 
 
 class Model(nn.Module):
-    """A layer that LoRA knows, dropout (it draws from the global generator) and a batch norm (it has buffers)."""
+    """A layer that LoRA knows, dropout (it draws from the global generator) and a batch norm (it has buffers).
+
+    Attributes:
+        seen: the batches that it was trained on, in their order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.seen: list[Tensor] = []
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(6, 8)})
         self.head = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(x.clone())
         return self.head(self.mlp["fc1"](x))
 
 
@@ -68,6 +76,8 @@ def train(
         "squares": (output - epoch).square().mean()
     },
     evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+    metric: str = "rsum",
+    seed: int = 3,
     **recipe: Any,
 ) -> nn.Module:
     torch.manual_seed(0)
@@ -99,9 +109,24 @@ def train(
         heads=("head",),
         regularizer=ReSoRA("linear", weight=0.1),
         hardware=Hardware(1, precision),
-        seed=3,
+        seed=seed,
+        metric=metric,
     )
     return model
+
+
+def lines(folder: Path) -> list[dict]:
+    """The log of a run."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def items_seen(model: nn.Module) -> list[tuple[int, int]]:
+    """The epoch and the index of each item that a `Model` was trained on, in order, read from their values."""
+    items, known = Items(), dict[tuple[float, ...], tuple[int, int]]()
+    for epoch in range(10):
+        items.set_epoch(epoch)
+        known |= {tuple(items[index].tolist()): (epoch, index) for index in range(len(items))}
+    return [known[tuple(row.tolist())] for batch in model.seen for row in batch]
 
 
 def evaluated_apart(folder: Path, rank: int) -> dict[str, Any]:
@@ -134,7 +159,8 @@ if __name__ == "__main__":
         torch.save = late
     trained = train(Path(sys.argv[1]), int(sys.argv[2]), adapter=sys.argv[3], restart=sys.argv[4] == "True")
     if rank is not None:
-        writing(dict(trained.named_parameters()), Path(sys.argv[1]) / f"process{rank}.pt")
+        done = {"parameters": dict(trained.named_parameters()), "items": items_seen(trained)}
+        writing(done, Path(sys.argv[1]) / f"process{rank}.pt")
         torch.save = writing
         apart = evaluated_apart(Path(sys.argv[1]) / "apart", int(rank))
         writing(apart, Path(sys.argv[1]) / f"apart{rank}.pt")
