@@ -16,6 +16,7 @@ from training.run import RunFolder
 if TYPE_CHECKING:
     from training.experiment import BaseExperiment, shared_settings
     from training.hardware import Hardware, choose_hardware
+    from training.kept_casts import KeptCasts
     from training.optimizers import LearningRates
     from training.plugin import ReSoRAMixin, ReSoRATrainer
     from training.stages import Recipe, Stage, run_stages
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "experiment": ("BaseExperiment", "shared_settings"),
     "hardware": ("Hardware", "choose_hardware"),
+    "kept_casts": ("KeptCasts",),
     "optimizers": ("LearningRates",),
     "plugin": ("ReSoRAMixin", "ReSoRATrainer"),
     "stages": ("Recipe", "Stage", "run_stages"),
@@ -31,6 +33,7 @@ _MODULES = {
 __all__ = [
     "BaseExperiment",
     "Hardware",
+    "KeptCasts",
     "LearningRates",
     "ReSoRAMixin",
     "ReSoRATrainer",

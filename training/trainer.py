@@ -19,6 +19,7 @@ from adapters import load, save
 from regularizers import Captured, ReSoRA
 from training.chunked import check_chunkable, chunked_backward
 from training.hardware import process_count
+from training.kept_casts import KeptCasts
 from training.plugin import ReSoRAMixin
 from training.run import WEIGHTS
 
@@ -102,6 +103,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
         )
         self.objective = objective
         self.evaluator, self.first_epoch, self.chunk_size = evaluator, first_epoch, chunk_size
+        self._casts = KeptCasts(cast(nn.Module, self.model))
         if chunk_size is not None:
             check_chunkable(cast(nn.Module, self.model))
         self.add_callback(_Epochs(items, evaluate_every))
@@ -116,9 +118,13 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward pass of one batch, in chunks if that was asked for."""
-        if self.chunk_size is None:
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-            return loss
+        with self._casts:
+            if self.chunk_size is None:
+                loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+                return loss
+            return self._step_in_chunks(model, inputs, self.chunk_size)
+
+    def _step_in_chunks(self, model: nn.Module, inputs: dict[str, Any], size: int) -> Tensor:
         model.train()
 
         def whole(outputs: Any, subspaces: Captured) -> Tensor:
@@ -126,7 +132,7 @@ class AdapterTrainer(ReSoRAMixin, ObjectiveTrainer):
             self._check_finite(loss)
             return loss / self.current_gradient_accumulation_steps
 
-        return chunked_backward(model, self._prepare_inputs(inputs), self.chunk_size, whole, self.regularizer)
+        return chunked_backward(model, self._prepare_inputs(inputs), size, whole, self.regularizer)
 
     # Before the backward pass: behind it, the other processes would have these gradients, and make a step with them.
     def _check_finite(self, loss: Tensor) -> None:
