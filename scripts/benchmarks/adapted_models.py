@@ -103,10 +103,12 @@ def without_lora(pair: Pair, tiny: bool) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, name: str, batch: int, precision: torch.dtype = torch.float32) -> Step:
+def step(
+    model: nn.Module, name: str, batch: int, precision: torch.dtype = torch.float32, keep_casts: bool = False
+) -> Step:
     torch.manual_seed(1)
     inputs = batch_of(name, batch)
-    return Step(model, inputs, torch.randint(CLASSES, (len(inputs[0]),)), precision)
+    return Step(model, inputs, torch.randint(CLASSES, (len(inputs[0]),)), precision, keep_casts)
 
 
 def trained_without_head(model: nn.Module) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from adapters import ADAPTERS, LoRA, inject, merge
@@ -32,12 +32,15 @@ from benchmarks.adapted_models import (
     without_lora,
 )
 from benchmarks.adapters_page import page
+from benchmarks.kept_rows import Rows
 from benchmarks.machine import described, in_fresh_process
-from benchmarks.measure import Counts, paired_ratios, resident_peak
+from benchmarks.measure import Counts, paired_ratios, resident_peak, round_ratios
 from benchmarks.options import Options, option
+from benchmarks.training_step import Step
 
 PARTS = ("methods", "full", "peft", "merged")
 PRECISIONS = ("float32", "bfloat16")
+BATCHES = ("paper", "small")
 WARM_UP = 2
 TOO_SLOW = 0.2  # of float32's speed: a processor without units for bfloat16 would take hours
 SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others train parts of it
@@ -47,16 +50,17 @@ SKIPPED = {"full", "linear", "partial"}  # full is the reference; the others tra
 class Settings(Options):
     """What is run: all methods (in float32), LoRA against full fine-tuning and PEFT's, and merged models."""
 
-    parts: tuple[str, ...] = option(PARTS, "what is measured; what is not stays as --output has it", choices=PARTS)
-    precisions: tuple[str, ...] = option(PRECISIONS, "in which precisions, likewise", choices=PRECISIONS)
+    parts: tuple[str, ...] = option(PARTS, "what is measured; other rows stay as --output has them", choices=PARTS)
+    precisions: tuple[str, ...] = option(PRECISIONS, "in which precisions", choices=PRECISIONS)
     backbones: tuple[str, ...] = option(BACKBONES, "what is adapted", choices=BACKBONES)
+    batches: tuple[str, ...] = option(BATCHES, "for LoRA against PEFT's: which batches", choices=BATCHES)
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA against full fine-tuning")
     few_pairs: int = option(5, "pairs of steps for the other rows")
     paper_batch: int = option(32, "images in a step for LoRA against PEFT's: the paper's batch")
-    paper_pairs: int = option(12, "pairs of these steps")
-    small_pairs: int = option(24, "pairs of the same with the small batch")
+    paper_rounds: int = option(12, "rounds of these steps: PEFT's, ours and that without LoRA")
+    small_rounds: int = option(24, "rounds of the same with the small batch")
     merged_pairs: int = option(60, "pairs of a merged model's forward passes")
     tiny: bool = option(False, "two blocks of each backbone, to try it out")
 
@@ -89,14 +93,14 @@ def applicable(name: str, settings: Settings) -> list[str]:
 
 
 def run(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Measure -> the page and the raw numbers: part -> precision -> its rows and what they were measured with.
+    """Measure -> the page and the raw numbers, with the rows of earlier runs that were not measured now.
 
     Raises:
         ValueError: the raw numbers in the output folder are none of these.
     """
-    results = last_run(settings)
+    rows = Rows(settings.output / "adapters.json")
     speed = bfloat16_speed()
-    conditions = described(settings) | {"bfloat16": speed}
+    found: list[dict[str, Any]] = []
     measures = {"methods": methods, "full": against_full, "peft": against_peft, "merged": merged_against_stock}
     for part, precision in product(settings.parts, settings.precisions):
         if part == "methods" and precision != "float32":
@@ -104,20 +108,10 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
         if precision == "bfloat16" and speed < TOO_SLOW:
             print(f"{part} is left out in bfloat16, which has {speed:.2f} of float32's speed here")
             continue
-        rows = measures[part](getattr(torch, precision), settings)
-        results.setdefault(part, {})[precision] = conditions | {"rows": rows}
-    return page(results), results
-
-
-def last_run(settings: Settings) -> dict[str, dict[str, Any]]:
-    """What the output folder has."""
-    path = settings.output / "adapters.json"
-    if not path.is_file():
-        return {}
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    if not (found.keys() <= set(PARTS) and all(each.keys() <= set(PRECISIONS) for each in found.values())):
-        raise ValueError(f"{path} is not laid out as part, precision, rows: remove it or choose another --output")
-    return found
+        of_part = measures[part](getattr(torch, precision), settings)
+        found += [{"part": part, "precision": precision, **row} for row in of_part]
+    rows.add(described(settings) | {"bfloat16": speed}, found)
+    return page(rows), rows.raw()
 
 
 def methods(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
@@ -128,7 +122,8 @@ def methods(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
         for method in tqdm(["full", *found], desc=f"{name}: count", unit="method"):
             exact, resident, trained = in_fresh_process(account, name, method, settings)
             counts = asdict(exact) | {"resident_bytes": resident}
-            rows.append({"backbone": name, "method": method, "trained": trained, "counts": counts, "time_ratios": []})
+            row = {"backbone": name, "method": method, "batch": settings.batch, "trained": trained}
+            rows.append(row | {"counts": counts, "time_ratios": list[float]()})
         with tqdm(total=len(found) * (settings.few_pairs + WARM_UP), desc=f"{name}: time", unit="pair") as bar:
             for row in rows[-len(found) :]:
                 bar.set_postfix_str(row["method"])
@@ -142,17 +137,18 @@ def against_full(precision: torch.dtype, settings: Settings) -> list[dict[str, A
     for name in of_paper(settings):
         with tqdm(total=settings.pairs + WARM_UP, desc=f"{name}: LoRA / full, {precision}", unit="pair") as bar:
             ratios = over_full(name, "lora", precision, settings.pairs, settings, bar.update)
-        rows.append(_row(name, precision) | {"batch": settings.batch, "time_ratios": ratios})
+        rows.append({"backbone": name, "batch": settings.batch, "time_ratios": ratios})
     return rows
 
 
 def over_full(
     name: str, method: str, precision: torch.dtype, pairs: int, settings: Settings, progress: Callable[[], object]
 ) -> list[float]:
-    """Ratios of the time of paired steps: a method's over full fine-tuning's."""
+    """Ratios of the time of paired steps: a method's over full fine-tuning's, as the trainer runs both."""
     gc.collect()
     one, full = (
-        step(with_method(name, which, settings.tiny), name, settings.batch, precision) for which in (method, "full")
+        step(with_method(name, which, settings.tiny), name, settings.batch, precision, keep_casts=which != PEFT)
+        for which in (method, "full")
     )
     return paired_ratios(full.run, one.run, pairs, warm_up=WARM_UP, progress=progress)
 
@@ -164,34 +160,39 @@ def of_paper(settings: Settings) -> list[str]:
 def against_peft(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
     """Our LoRA against PEFT's on all pairs of layers, with the paper's batch and the small one."""
     plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
-    batches = (settings.paper_batch, settings.batch)
-    return [one_against_peft(pair, precision, batch, settings) for pair, batch in product(plan, batches)]
+    return [one_against_peft(pair, precision, batch, settings) for pair, batch in product(plan, settings.batches)]
 
 
-def one_against_peft(pair: Pair, precision: torch.dtype, batch: int, settings: Settings) -> dict[str, Any]:
-    """Our LoRA over PEFT's: ratios of the time of paired steps, bytes at the peak and trained parameters of both.
+def one_against_peft(pair: Pair, precision: torch.dtype, batch: str, settings: Settings) -> dict[str, Any]:
+    """Our LoRA over PEFT's: ratios of the time of steps in rounds, bytes at the peak and trained parameters of both.
 
-    With the small batch also a step without LoRA over PEFT's: what could be saved at most.
+    Ours as the trainer runs it, and in bfloat16 the adapter alone; and a step without LoRA: what it could save at most.
     """
     gc.collect()
-    small = batch == settings.batch
-    pairs = settings.small_pairs if small else settings.paper_pairs
-    models = with_lora(pair, settings.tiny), with_peft(pair, settings.tiny)
-    ours, theirs = (step(model, pair.backbone, batch, precision) for model in models)
-    without: list[float] = []
-    described = f"{pair.backbone} {' '.join(pair.targets)}: {precision}, batch {batch}"
-    with tqdm(total=(pairs + WARM_UP) * (1 + small), desc=described, unit="pair") as bar:
-        measure = partial(paired_ratios, theirs.run, pairs=pairs, warm_up=WARM_UP, progress=bar.update)
-        ratios = measure(ours.run)
-        if small:
-            without = measure(step(without_lora(pair, settings.tiny), pair.backbone, batch, precision).run)
-    return _row(pair.backbone, precision) | {
+    size, rounds = {
+        "paper": (settings.paper_batch, settings.paper_rounds),
+        "small": (settings.batch, settings.small_rounds),
+    }[batch]
+    low = precision == torch.bfloat16
+
+    def made(make: Callable[[Pair, bool], nn.Module], keep_casts: bool = False) -> Step:
+        return step(make(pair, settings.tiny), pair.backbone, size, precision, keep_casts)
+
+    theirs, ours = made(with_peft), made(with_lora, keep_casts=low)
+    steps = {"time_ratios": ours, "without_lora": made(without_lora)} | (
+        {"adapter_alone": made(with_lora)} if low else {}
+    )
+    described = f"{pair.backbone} {' '.join(pair.targets)}: {precision}, batch {size}"
+    with tqdm(total=rounds + WARM_UP, desc=described, unit="round") as bar:
+        runs = [each.run for each in steps.values()]
+        ratios = round_ratios(theirs.run, runs, rounds, warm_up=WARM_UP, progress=bar.update)
+    return {
+        "backbone": pair.backbone,
         "layers": pair.targets,
-        "batch": batch,
-        "time_ratios": ratios,
-        "without_lora": without,
+        "batch": size,
+        **dict(zip(steps, ratios, strict=True)),
         "peak_bytes": [each.count().peak_bytes for each in (ours, theirs)],
-        "trained": [trained_without_head(model) for model in models],
+        "trained": [trained_without_head(each.model) for each in (ours, theirs)],
     }
 
 
@@ -212,11 +213,7 @@ def one_merged_against_stock(name: str, precision: torch.dtype, settings: Settin
     forward: list[Callable[[], object]] = [partial(model, *inputs) for model in (stock, merged)]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
         ratios = paired_ratios(*forward, settings.merged_pairs, warm_up=WARM_UP)
-    return _row(name, precision) | {"batch": settings.batch, "time_ratios": ratios}
-
-
-def _row(name: str, precision: torch.dtype) -> dict[str, Any]:
-    return {"backbone": name, "precision": str(precision).removeprefix("torch.")}
+    return {"backbone": name, "batch": settings.batch, "time_ratios": ratios}
 
 
 def bfloat16_speed() -> float:

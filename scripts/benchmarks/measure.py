@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -134,23 +134,38 @@ def paired_ratios(
     warm_up: int = 2,
     progress: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Time of `measured` over that of `plain`, run one right after the other, the first of each pair alternating.
-
-    What slows the machine for a while slows both of a pair, and cancels.
+    """Time of `measured` over that of `plain`, run one right after the other: `round_ratios` of two.
 
     Args:
         pairs: how many ratios.
         warm_up: pairs to run first that do not count.
         progress: called after each pair.
     """
-    ratios = []
-    for index in range(-warm_up, pairs):
-        if index % 2 == 0:
-            of_plain, of_measured = _seconds(plain), _seconds(measured)
-        else:
-            of_measured, of_plain = _seconds(measured), _seconds(plain)
-        if index >= 0:
-            ratios.append(of_measured / of_plain)
+    (ratios,) = round_ratios(plain, [measured], pairs, warm_up=warm_up, progress=progress)
+    return ratios
+
+
+def round_ratios(
+    plain: Callable[[], object],
+    measured: Sequence[Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 2,
+    progress: Callable[[], object] = lambda: None,
+) -> list[list[float]]:
+    """For each of `measured` its time over that of `plain` in the same round, in which all run one after the other.
+
+    What slows the machine for a while slows all of a round, and cancels. Each comes first as often as the others, and
+    every other round runs backwards, so that nothing always follows the same.
+    """
+    all_of_them, ratios = [plain, *measured], [list[float]() for _ in measured]
+    for index in range(warm_up + rounds):
+        order = range(len(all_of_them))[:: -1 if index % 2 else 1]
+        first = index // 2 % len(order)
+        seconds = {number: _seconds(all_of_them[number]) for number in (*order[first:], *order[:first])}
+        if index >= warm_up:
+            for number, found in enumerate(ratios, start=1):
+                found.append(seconds[number] / seconds[0])
         progress()
     return ratios
 

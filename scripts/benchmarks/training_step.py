@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import timm
 import torch
@@ -13,6 +14,7 @@ from adapters import ADAPTERS, LoRA, inject
 from benchmarks.measure import Counts, count, resident_peak
 from benchmarks.naive_equations import NAIVE
 from regularizers import Captured, ReSoRA, capture
+from training import KeptCasts
 
 Penalty = Callable[[Captured], Tensor]
 WEIGHT = 1e-2
@@ -53,12 +55,19 @@ class Step:
         inputs: what it is called with.
         labels: (B,).
         precision: bfloat16 runs the forward pass under autocast.
+        keep_casts: as the trainer of this suite does.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: tuple[Tensor, ...], labels: Tensor, precision: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        labels: Tensor,
+        precision: torch.dtype = torch.float32,
+        keep_casts: bool = False,
     ) -> None:
         self.model, self.inputs, self.labels, self.precision = model.train(), inputs, labels, precision
+        self.casts = KeptCasts(model) if keep_casts else None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
         self.run()  # AdamW makes its state, and B leaves zero, where Eq. 6 and 7 as printed are 0 / 0
@@ -80,17 +89,21 @@ class Step:
         self.optimizer.zero_grad()
 
     def run(self, penalty: Penalty | None = None) -> None:
-        self.update(self.loss(penalty))
+        with self.casts or nullcontext():
+            self.update(self.loss(penalty))
 
     def count(self, penalty: Penalty | None = None) -> Counts:
         """Exact counts of one step."""
-        return count(lambda: self.loss(penalty), self.update, self.tensors())
+        with self.casts or nullcontext():
+            return count(lambda: self.loss(penalty), self.update, self.tensors())
 
     def tensors(self) -> Iterator[Tensor]:
         """What is alive between two steps."""
         yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, self.labels)
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+        if self.casts:
+            yield from self.casts.tensors()
 
 
 class TrainingStep(Step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import benchmarks.adapted_models as adapted_models
 import benchmarks.adapters as adapters_subject
 import benchmarks.regularizers as subject
 import benchmarks.training as training_subject
-from benchmarks.measure import count, median_interval, paired_ratios, resident_peak
+from benchmarks.measure import count, median_interval, paired_ratios, resident_peak, round_ratios
 from benchmarks.naive_equations import NAIVE
 
 
@@ -128,7 +129,8 @@ def test_equations_as_printed_are_what_the_closed_forms_compute(measure: str) ->
 def test_pairs_alternate_and_warm_up_does_not_count() -> None:
     calls: list[str] = []
     ratios = paired_ratios(lambda: calls.append("plain"), lambda: calls.append("measured"), 3, warm_up=2)
-    assert calls == ["plain", "measured", "measured", "plain"] * 2 + ["plain", "measured"]
+    plain_first, measured_first = ["plain", "measured"], ["measured", "plain"]
+    assert calls == plain_first + measured_first + measured_first + plain_first + plain_first
     assert len(ratios) == 3
     assert median_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
     median, low, high = median_interval([0.9, 1.0, 1.1, 1.2, 5.0])
@@ -192,10 +194,10 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 0.1)
     monkeypatch.setattr(adapters_subject, "WARM_UP", 0)  # no time is looked at
     options = "--tiny --backbones vit vit_transformers --methods lora dtl --batch 1 --pairs 1 --few-pairs 1"
-    options += " --paper-batch 2 --paper-pairs 2 --small-pairs 1 --merged-pairs 1 --threads 1"
+    options += " --paper-batch 2 --paper-rounds 2 --small-rounds 1 --merged-pairs 1 --threads 1"
     benchmark.main(["adapters", *options.split(), "--output", str(tmp_path)])
-    found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
-    rows = {row["method"]: row for row in found["methods"]["float32"]["rows"]}
+    found = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))["rows"]
+    rows = {row["method"]: row for row in found if row["part"] == "methods"}
     assert list(rows) == ["full", "PEFT's LoRA", "lora", "dtl"]
     blocks, width = 2, 768
     assert rows["lora"]["trained"] == blocks * 3 * 8 * 2 * width
@@ -203,12 +205,11 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     assert len(rows["dtl"]["time_ratios"]) == 1 and not rows["full"]["time_ratios"]
     assert rows["lora"]["counts"]["flops"] < rows["full"]["counts"]["flops"]
 
-    compared = {(row["backbone"], *row["layers"], row["batch"]): row for row in found["peft"]["float32"]["rows"]}
+    compared = {(row["backbone"], *row["layers"], row["batch"]): row for row in found if row["part"] == "peft"}
     layers = [("vit", "q", "k", "v"), ("vit", "o", "fc1", "fc2"), ("vit_transformers", "q", "k", "v")]
     assert list(compared) == [(*each, batch) for each in layers for batch in (2, 1)]
     for (*_, batch), row in compared.items():
-        assert len(row["time_ratios"]) == batch  # --paper-pairs and --small-pairs
-        assert len(row["without_lora"]) == (batch == 1)
+        assert len(row["time_ratios"]) == len(row["without_lora"]) == batch  # --paper-rounds and --small-rounds
     assert compared["vit", "q", "k", "v", 1]["trained"] == [rows["lora"]["trained"], rows["PEFT's LoRA"]["trained"]]
     for same, number in ((layers[1], blocks * 8 * (2 * width + 2 * 5 * width)), (layers[2], rows["lora"]["trained"])):
         assert compared[*same, 1]["trained"] == [number, number]
@@ -218,30 +219,56 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 / 73,728 | 2 | x " in page
     assert "| ViT-B/16, 224 px: q, k, v | 1 images, float32 | 73,728 / 49,152 | 1 | x " in page
     assert page.count("| ViT-B/16, 224 px | 1 images, float32 | 1 | x ") == 2  # over full fine-tuning, and merged
-    assert all(list(part) == ["float32"] for part in found.values())  # bfloat16 is too slow here, by the patch above
+    assert {row["precision"] for row in found} == {"float32"}  # bfloat16 is too slow here, by the patch above
 
 
-def test_a_part_in_one_precision_joins_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_measured_anew_takes_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters_subject, "bfloat16_speed", lambda: 1.0)
     monkeypatch.setattr(adapters_subject, "WARM_UP", 0)
-    options = f"adapters --parts merged --tiny --backbones vit --merged-pairs 1 --threads 1 --output {tmp_path}"
+    options = f"adapters --tiny --backbones vit --threads 1 --output {tmp_path}"
 
     def measured(more: str) -> dict[str, Any]:
         benchmark.main([*options.split(), *more.split()])
         numbers: dict[str, Any] = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
         return numbers
 
-    first = measured("--precisions float32 --batch 1")
-    second = measured("--precisions bfloat16 --batch 2")
-    assert list(first) == ["merged"] and list(first["merged"]) == ["float32"]
-    assert second["merged"]["float32"] == first["merged"]["float32"] and second["merged"]["bfloat16"]["batch"] == 2
+    merged = "--parts merged --batch 1 --precisions"
+    first = measured(f"{merged} float32 --merged-pairs 1")
+    second = measured(f"{merged} bfloat16 --merged-pairs 2")
+    assert [len(row["time_ratios"]) for row in first["rows"]] == [1]
+    assert second["rows"][0] == first["rows"][0] and second["runs"][0] == first["runs"][0]
+    assert [len(row["time_ratios"]) for row in second["rows"]] == [1, 2]
+    assert [row["run"] for row in second["rows"]] == [1, 2] and len(second["runs"]) == 2
+    third = measured(f"{merged} float32 --merged-pairs 3")
+    assert [len(row["time_ratios"]) for row in third["rows"]] == [3, 2]
+    assert [third["runs"][row["run"] - 1]["merged_pairs"] for row in third["rows"]] == [3, 2] and len(
+        third["runs"]
+    ) == 2
+
+    peft = measured("--parts peft --precisions bfloat16 --batches small --batch 1 --small-rounds 2")["rows"][2:]
+    assert [row["layers"] for row in peft] == [["q", "k", "v"], ["o", "fc1", "fc2"]]
+    for row in peft:
+        assert row["batch"] == 1 and row["run"] == 3
+        assert [len(row[times]) for times in ("time_ratios", "adapter_alone", "without_lora")] == [2, 2, 2]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
-    one, other = page.index("1 images, float32 | 1 | x "), page.index("2 images, bfloat16 | 1 | x ")
-    assert one < other and page.count("threads, torch") == 2  # each with what it was measured on
+    lines = [line for line in page.splitlines() if line.startswith(("| ViT", "1. ", "2. ", "3. "))]
+    assert [line.split(" | ")[1] for line in lines[:4]] == [f"1 images, {each}" for each in
+                                                          ("bfloat16", "bfloat16", "float32", "bfloat16")]  # fmt: skip
+    assert [line.rpartition(" | ")[2] for line in lines[:4]] == ["3 |", "3 |", "2 |", "1 |"] and len(lines) == 7
 
     (tmp_path / "adapters.json").write_text('{"merged": {"rows": []}}', encoding="utf-8")
-    with pytest.raises(ValueError, match="not laid out as part, precision, rows: remove it"):
+    with pytest.raises(ValueError, match="does not hold runs and rows: remove it"):
         measured("")
+
+
+def test_what_is_timed_in_rounds_comes_first_equally_often() -> None:
+    order: list[str] = []
+    names = ("plain", "one", "other")
+    calls = [partial(order.append, name) for name in names]
+    ratios = round_ratios(calls[0], calls[1:], 6, warm_up=0)
+    assert [len(each) for each in ratios] == [6, 6]
+    rounds = [tuple(order[start : start + 3]) for start in range(0, 18, 3)]
+    assert len(set(rounds)) == 6 == len(list(permutations(names))), "each order once"
 
 
 @pytest.mark.parametrize("pair", adapted_models.PAIRS, ids=lambda pair: f"{pair.backbone} {'-'.join(pair.targets)}")
