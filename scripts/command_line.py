@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from mistakes import mistakes_in_one_line, stop
 from omegaconf import DictConfig, OmegaConf
@@ -67,9 +69,12 @@ def launch(
     try:
         if overrides == arguments:  # a flag may ask for a sweep, or for something else than a run
             compose(name, overrides)
+        if given.multirun and not other_folders:
+            replaced = dict(zip(overrides, _for_each_job(overrides, name), strict=True))
+            sys.argv = [replaced.get(argument, argument) for argument in sys.argv]
         own_sweeper = any(override.startswith("hydra/sweeper") for override in overrides)
-        if given.multirun and check and not (other_folders or own_sweeper):
-            check_jobs(jobs_of(overrides), lambda job: check(compose(name, job)))
+        if given.multirun and not (other_folders or own_sweeper):
+            check_jobs(jobs_of(overrides), lambda job: (check or dict)(compose(name, job)))
         run()
         if sweep:
             sweep.finish()
@@ -161,10 +166,25 @@ def _unknown_choice(overrides: list[str], known: dict[str, list[str]]) -> str | 
     return None
 
 
+def _for_each_job(overrides: list[str], name: str) -> list[str]:
+    """The overrides of a sweep, in which settings that only some choice has ("data.dataset", by "table2") vary too.
+
+    Hydra sets what is the same in all jobs before it has chosen what differs, where such a setting is not there yet.
+    """
+    keys = [*_keys(compose(name, [])), *groups(name, {})]
+    found: list[str] = []
+    for parsed, override in zip(OverridesParser.create().parse_overrides(overrides), overrides, strict=True):
+        key, _, value = override.partition("=")
+        same = parsed.type == OverrideType.CHANGE and not parsed.is_sweep_override()
+        new = same and not parsed.is_hydra_override() and key not in keys
+        found.append(f"{key}=choice({value})" if new else override)
+    return found
+
+
 def _explain(message: str, overrides: list[str], name: str, known: dict[str, list[str]]) -> str:
     """The override that does not fit, and the closest one that would."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        keys = _keys(plain(hydra.compose(name))) + list(known)
+    chosen = [override.split(",")[0] for override in overrides if override.partition("=")[0] in known]
+    keys = _keys(compose(name, chosen)) + list(known)
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key not in keys:

@@ -118,11 +118,8 @@ def clock(run: RunFolder, part: str) -> Iterator[Clock]:
     watch = Clock(run, part)
     try:
         yield watch
-    except BaseException:
-        if run.path.is_dir():  # a mistake that is found before the run begins leaves nothing
-            watch.tick()
-        raise
-    watch.tick()
+    finally:
+        watch.tick()
 
 
 @torch.no_grad()

@@ -255,3 +255,22 @@ def test_a_sweep_is_checked_before_its_first_job(
     assert not (tmp_path / "runs").exists()
     assert len(launched(monkeypatch, "--multirun", "adapter=lora,full", "regularizer=none", f"runs={tmp_path}",
                         check=train_retrieval.check)) == 2  # fmt: skip
+
+
+def test_a_sweep_over_rows_takes_a_setting_that_the_rows_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same for all jobs, and not there before a row has chosen its collection of data sets."""
+
+    def sweep(*overrides: str) -> list[dict[str, Any]]:
+        name = "train_classification"
+        return launched(monkeypatch, "--multirun", "table2=lora,dtl_plus", *overrides, f"runs={tmp_path}", name=name)
+
+    jobs = sweep("data.dataset=cifar", "seed=0,1", "trainer.batch_size=32")
+    assert [(job["adapter"]["name"], job["seed"]) for job in jobs] == [
+        (adapter, seed) for adapter in ("lora", "dtl_plus") for seed in (0, 1)
+    ]
+    assert {(job["data"]["dataset"], job["trainer"]["batch_size"]) for job in jobs} == {("cifar", 32)}
+    with pytest.raises(SystemExit, match="2"):
+        sweep("data.datset=cifar")
+    assert "no setting 'data.datset'; did you mean data.dataset=cifar?" in capsys.readouterr().err
