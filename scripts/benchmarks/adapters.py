@@ -53,7 +53,8 @@ class Settings(Options):
     parts: tuple[str, ...] = option(PARTS, "what is measured; other rows stay as --output has them", choices=PARTS)
     precisions: tuple[str, ...] = option(PRECISIONS, "in which precisions", choices=PRECISIONS)
     backbones: tuple[str, ...] = option(BACKBONES, "what is adapted", choices=BACKBONES)
-    batches: tuple[str, ...] = option(BATCHES, "for LoRA against PEFT's: which batches", choices=BATCHES)
+    layers: tuple[str, ...] = option((), "LoRA against PEFT's: of which layers, such as q k v; all by default")
+    batches: tuple[str, ...] = option(BATCHES, "LoRA against PEFT's: with which batches", choices=BATCHES)
     methods: tuple[str, ...] = option((), "rows; all that go into the backbone by default")
     batch: int = option(4, "images in a step, and a quarter of its sentences")
     pairs: int = option(15, "pairs of steps for LoRA against full fine-tuning")
@@ -68,6 +69,10 @@ class Settings(Options):
         super().__post_init__()
         if unknown := set(self.methods) - set(ADAPTERS):
             raise ValueError(f"unknown adapter {min(unknown)!r}; choose from {', '.join(ADAPTERS)}")
+        compared = [pair.targets for pair in PAIRS if pair.backbone in self.backbones]
+        if "peft" in self.parts and self.layers and self.layers not in compared:
+            known = ", ".join(" ".join(targets) for targets in dict.fromkeys(compared))
+            raise ValueError(f"layers are {' '.join(self.layers)}; expected one of: {known}")
 
 
 def account(name: str, method: str, settings: Settings) -> tuple[Counts, int, int]:
@@ -160,6 +165,7 @@ def of_paper(settings: Settings) -> list[str]:
 def against_peft(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
     """Our LoRA against PEFT's on all pairs of layers, with the paper's batch and the small one."""
     plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
+    plan = [pair for pair in plan if settings.layers in ((), pair.targets)]
     return [one_against_peft(pair, precision, batch, settings) for pair, batch in product(plan, settings.batches)]
 
 

@@ -36,10 +36,14 @@ here need not hold on VTAB-1K, Flickr30K or MSR-VTT.
   correction, at the spread that was observed.
 - Redundancy is the mean |cos| between the activations of two subspaces on validation data, after the first stage and
   at the end. It does not see B, and so not what cosine moves.
-- These runs are of a version in which seeds next to each other shared the order of items, an epoch apart, and in which
-  the second stage of scenes and clips drew the captions and augmentations of the first once more. Both were so for all
-  methods alike, and are mended: a run of today has other digits.
 """
+BEFORE = ("1e435c1", "694329f", "835fb27", "8be4120", "8bf9d40")
+"""Commits of runs of which the following has to be said."""
+SINCE_MENDED = """
+
+These runs are of a version in which seeds next to each other shared the order of items, an epoch apart, and in which
+the second stage of scenes and clips drew the captions and augmentations of the first once more. Both were so for all
+methods alike, and are mended: a run of today has other digits."""
 
 
 def write_page(records: Records, output: Path) -> None:
@@ -112,7 +116,11 @@ def _section(records: Records, task: str) -> str:
         f"{method} {len(scores)}" for method, scores, _ in rows
     )  # fmt: skip
     complete = "" if len(rows) == len(METHODS) else " Not all methods have been run yet."
-    return f"## {task}\n\n{seeds}.{complete}\n\n" + "\n".join(lines) + "\n\n" + " ".join(verdicts) + "\n"
+    commits = {(record["git_commit"] or "unknown")[:7] for record in records.all if record["task"] == task}
+    complete += SINCE_MENDED if commits & set(BEFORE) else ""
+    table = "\n".join(lines)
+    head = f"## {task}\n\n{seeds}, code of {', '.join(sorted(commits))}.{complete}"
+    return f"{head}\n\n{table}\n\n{' '.join(verdicts)}\n"
 
 
 def _verdict(method: str, difference: PairedDifference, p: float) -> str:

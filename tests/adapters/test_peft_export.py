@@ -105,7 +105,7 @@ LOW_RANK = [method for method, kind in ADAPTERS.items() if hasattr(kind, "stored
 
 
 @pytest.mark.parametrize("method", LOW_RANK)
-@pytest.mark.parametrize("name", ["bert", "timm"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_every_low_rank_adapter_is_exported(name: str, method: str, tmp_path: Path) -> None:
     ours = shaken(inject(stock(name), ADAPTERS[method](rank=3), train=(HEAD[name],)))  # type: ignore[call-arg]
     differs(name, ours)

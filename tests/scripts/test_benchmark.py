@@ -245,16 +245,21 @@ def test_a_row_that_is_measured_anew_takes_its_own_place(tmp_path: Path, monkeyp
         third["runs"]
     ) == 2
 
-    peft = measured("--parts peft --precisions bfloat16 --batches small --batch 1 --small-rounds 2")["rows"][2:]
-    assert [row["layers"] for row in peft] == [["q", "k", "v"], ["o", "fc1", "fc2"]]
-    for row in peft:
-        assert row["batch"] == 1 and row["run"] == 3
-        assert [len(row[times]) for times in ("time_ratios", "adapter_alone", "without_lora")] == [2, 2, 2]
+    against_peft = "--parts peft --precisions bfloat16 --batches small --batch 1 --small-rounds"
+    both = measured(f"{against_peft} 1")["rows"][2:]
+    one = measured(f"{against_peft} 2 --layers q k v")["rows"][2:]
+    assert [row["layers"] for row in both] == [row["layers"] for row in one] == [["q", "k", "v"], ["o", "fc1", "fc2"]]
+    for row, number in zip(one, (2, 1), strict=True):
+        assert row["batch"] == 1
+        assert [len(row[times]) for times in ("time_ratios", "adapter_alone", "without_lora")] == [number] * 3
+    assert [row["run"] for row in one] == [4, 3] and one[1] == both[1]
+    with pytest.raises(SystemExit, match="layers are q v; expected one of: q k v, o fc1 fc2"):
+        measured(f"{against_peft} 1 --layers q v")
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
-    lines = [line for line in page.splitlines() if line.startswith(("| ViT", "1. ", "2. ", "3. "))]
+    lines = [line for line in page.splitlines() if line.startswith(("| ViT", "1. ", "2. ", "3. ", "4. "))]
     assert [line.split(" | ")[1] for line in lines[:4]] == [f"1 images, {each}" for each in
                                                           ("bfloat16", "bfloat16", "float32", "bfloat16")]  # fmt: skip
-    assert [line.rpartition(" | ")[2] for line in lines[:4]] == ["3 |", "3 |", "2 |", "1 |"] and len(lines) == 7
+    assert [line.rpartition(" | ")[2] for line in lines[:4]] == ["4 |", "3 |", "2 |", "1 |"] and len(lines) == 8
 
     (tmp_path / "adapters.json").write_text('{"merged": {"rows": []}}', encoding="utf-8")
     with pytest.raises(ValueError, match="does not hold runs and rows: remove it"):

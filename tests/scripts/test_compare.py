@@ -69,7 +69,7 @@ def fake_run(job: Job, runs: Path) -> dict[str, Any]:
         "test": None if job.selection else {"accuracy": test},
         "redundancy": {"before": 0.5, "after": 0.25} if job.method != "full" else None,
         "curve": [score - 3, score - 2, score - 1, score], "epochs": [2, 2], "evaluate_every": 1, "parameters": 1000,
-        "overrides": job.overrides,
+        "overrides": job.overrides, "git_commit": "0123456789abcdef",
     }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) 
     run_task("digits", records, tmp_path, jobs=2)
     page.write_page(records, tmp_path)
     text = (tmp_path / "results.md").read_text()
-    assert "## scenes\n\nNot run yet." in text and "10 seeds." in text
+    assert "## scenes\n\nNot run yet." in text and "10 seeds, code of 0123456.\n" in text
     assert "**+ euclidean** is better by" in text and "+ overlap: no difference was found" in text
 
     def scores(method: str) -> list[float]:
@@ -161,3 +161,9 @@ def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) 
     mean = sum(scores("+ overlap")) / 10 - sum(scores(BASELINE)) / 10
     assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" in row and "0.50 → 0.25" in row
     assert (tmp_path / "results" / "stage2.svg").is_file()
+
+    assert "These runs are of a version" not in text
+    records.all[-1]["git_commit"] = "835fb2712345"
+    page.write_page(records, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "10 seeds, code of 0123456, 835fb27.\n\nThese runs are of a version in which" in text
