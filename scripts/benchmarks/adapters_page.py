@@ -31,9 +31,8 @@ rows anew, so each row names its run: the command, day and machine at the end.
 """
 METHODS = """## All methods
 
-{batch} images or four times as many sentences, float32. LoRA, MoSLoRA and AdaLoRA have rank 8 on q, k, v or q, v,
-AdaptFormer 8 channels and LST its published reduction, as in the paper's Tables 1 and 2; the others their defaults
-here.
+In float32, over full fine-tuning. LoRA, MoSLoRA and AdaLoRA have rank 8 on q, k, v or q, v, AdaptFormer 8 channels and
+LST its published reduction, as in the paper's Tables 1 and 2; the others their defaults here.
 
 {tables}
 """
@@ -82,9 +81,10 @@ def page(rows: Rows) -> str:
 
 
 def _methods_section(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = dict.fromkeys(row["backbone"] for row in rows)
-    tables = [f"### {NAMES[name]}\n\n{_methods([row for row in rows if row['backbone'] == name])}" for name in names]
-    return METHODS.format(tables="\n\n".join(tables), batch=rows[0]["batch"])
+    tables: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(f"### {NAMES[row['backbone']]}: {_inputs(row)}", []).append(row)
+    return METHODS.format(tables="\n\n".join(f"{head}\n\n{_methods(of_step)}" for head, of_step in tables.items()))
 
 
 def _full_section(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -172,5 +172,8 @@ def _against_target(rows: Sequence[Mapping[str, Any]], target: float) -> str:
 
 
 def _step(row: Mapping[str, Any]) -> str:
-    inputs = f"{4 * row['batch']} sentences" if row["backbone"] == "bert" else f"{row['batch']} images"
-    return f"{inputs}, {row['precision']}"
+    return f"{_inputs(row)}, {row['precision']}"
+
+
+def _inputs(row: Mapping[str, Any]) -> str:
+    return f"{4 * row['batch']} sentences" if row["backbone"] == "bert" else f"{row['batch']} images"

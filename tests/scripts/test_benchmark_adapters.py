@@ -94,6 +94,21 @@ def test_a_row_that_is_measured_anew_takes_its_own_place(tmp_path: Path, monkeyp
         measured("")
 
 
+def test_methods_with_two_batches_have_a_table_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each over the full fine-tuning of its own batch."""
+    monkeypatch.setattr(adapters_subject, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(adapters_subject, "WARM_UP", 0)
+    options = "adapters --tiny --parts methods --precisions float32 --backbones vit --methods lora --few-pairs 1"
+    for batch in (1, 2):
+        benchmark.main([*options.split(), "--batch", str(batch), "--threads", "1", "--output", str(tmp_path)])
+    page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
+    for heading in ("### ViT-B/16, 224 px: 1 images", "### ViT-B/16, 224 px: 2 images"):
+        table = page.partition(f"{heading}\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+        assert [line.split(" | ")[0] for line in table] == ["| full", "| PEFT's LoRA", "| lora"]
+        memory, flops = table[0].split(" | ")[4:6]
+        assert memory.endswith("x 1.000") and flops == "x 1.0000"
+
+
 @pytest.mark.parametrize("pair", adapted_models.PAIRS, ids=lambda pair: f"{pair.backbone} {'-'.join(pair.targets)}")
 def test_a_step_without_lora_differs_by_the_products_of_lora_alone(pair: adapted_models.Pair) -> None:
     """In exact FLOPs, so the gradient passes through the same frozen maps."""
