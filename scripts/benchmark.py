@@ -10,7 +10,6 @@ Times are ratios of neighbouring runs; still, give it a machine that does nothin
 
 from __future__ import annotations
 
-import json
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 
@@ -47,10 +46,7 @@ def run_subject(name: str, arguments: list[str]) -> None:
     torch.set_num_threads(settings.threads)
     page, numbers = subject.run(settings)
     print(f"\n{page}")
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / f"{name}.md").write_text(page, encoding="utf-8")
-    if numbers is not None:
-        (settings.output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    settings.write(name, page, numbers)
     print(f"written to {settings.output}/{name}.md{'' if numbers is None else ' and .json'}")
 
 

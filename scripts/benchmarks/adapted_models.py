@@ -16,10 +16,12 @@ from benchmarks.training_step import Step
 PEFT = "PEFT's LoRA"
 BACKBONES = ("vit", "vit_transformers", "bert")
 CLASSES = 100
+RANK = 8
+"""Of our LoRA and PEFT's where the two are compared."""
 # Backbones with a table of all methods: settings of the paper's Tables 1 and 2; what is not named has its defaults.
 OF_PAPER: dict[str, dict[str, Any]] = {
     "vit": {
-        **{name: {"rank": 8, "targets": ("q", "k", "v")} for name in ("lora", "moslora", "adalora")},
+        **{name: {"rank": RANK, "targets": ("q", "k", "v")} for name in ("lora", "moslora", "adalora")},
         "adaptformer": {"bottleneck": 8},
         "lst": {"reduction": 8},
     },
@@ -28,7 +30,7 @@ OF_PAPER: dict[str, dict[str, Any]] = {
 
 
 class Pair(NamedTuple):
-    """Our LoRA and PEFT's, of rank 8, on the same layers of a backbone."""
+    """Our LoRA and PEFT's on the same layers of a backbone."""
 
     backbone: str
     targets: tuple[str, ...]
@@ -83,11 +85,11 @@ def with_method(name: str, method: str, tiny: bool) -> nn.Module:
 
 
 def with_lora(pair: Pair, tiny: bool) -> nn.Module:
-    return inject(backbone(pair.backbone, tiny), LoRA(rank=8, targets=pair.targets), train=("head",))
+    return inject(backbone(pair.backbone, tiny), LoRA(rank=RANK, targets=pair.targets), train=("head",))
 
 
-def with_peft(pair: Pair, tiny: bool) -> nn.Module:
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=list(pair.modules))
+def with_peft(pair: Pair, tiny: bool, rank: int = RANK) -> nn.Module:
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(pair.modules))
     wrapped: Any = peft.get_peft_model(cast(Any, backbone(pair.backbone, tiny)), config)
     wrapped.base_model.model.head.requires_grad_(True)
     return wrapped

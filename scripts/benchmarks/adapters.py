@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -21,6 +21,7 @@ from benchmarks.adapted_models import (
     OF_PAPER,
     PAIRS,
     PEFT,
+    RANK,
     Pair,
     backbone,
     batch_of,
@@ -100,12 +101,14 @@ def applicable(name: str, settings: Settings) -> list[str]:
 def run(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Measure -> the page and the raw numbers, with the rows of earlier runs that were not measured now.
 
+    Each row is written when it is measured: a run that is stopped keeps what it has.
+
     Raises:
         ValueError: the raw numbers in the output folder are none of these.
     """
     rows = Rows(settings.output / "adapters.json")
     speed = bfloat16_speed()
-    found: list[dict[str, Any]] = []
+    this_run = described(settings) | {"bfloat16": speed}
     measures = {"methods": methods, "full": against_full, "peft": against_peft, "merged": merged_against_stock}
     for part, precision in product(settings.parts, settings.precisions):
         if part == "methods" and precision != "float32":
@@ -113,37 +116,37 @@ def run(settings: Settings) -> tuple[str, dict[str, Any]]:
         if precision == "bfloat16" and speed < TOO_SLOW:
             print(f"{part} is left out in bfloat16, which has {speed:.2f} of float32's speed here")
             continue
-        of_part = measures[part](getattr(torch, precision), settings)
-        found += [{"part": part, "precision": precision, **row} for row in of_part]
-    rows.add(described(settings) | {"bfloat16": speed}, found)
+        for row in measures[part](getattr(torch, precision), settings):
+            rows.add(this_run, {"part": part, "precision": precision, **row})
+            settings.write("adapters", page(rows), rows.raw())
     return page(rows), rows.raw()
 
 
-def methods(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+def methods(precision: torch.dtype, settings: Settings) -> Iterator[dict[str, Any]]:
     """What each method costs, over full fine-tuning, on the backbones with a table of all."""
-    rows = []
     for name in of_paper(settings):
+        rows = []
         found = [PEFT, *applicable(name, settings)]
         for method in tqdm(["full", *found], desc=f"{name}: count", unit="method"):
             exact, resident, trained = in_fresh_process(account, name, method, settings)
             counts = asdict(exact) | {"resident_bytes": resident}
             row = {"backbone": name, "method": method, "batch": settings.batch, "trained": trained}
-            rows.append(row | {"counts": counts, "time_ratios": list[float]()})
+            rows.append(row | {"counts": counts})
         with tqdm(total=len(found) * (settings.few_pairs + WARM_UP), desc=f"{name}: time", unit="pair") as bar:
-            for row in rows[-len(found) :]:
+            for row in rows:
                 bar.set_postfix_str(row["method"])
-                row["time_ratios"] = over_full(name, row["method"], precision, settings.few_pairs, settings, bar.update)
-    return rows
+                ratios = []
+                if row["method"] != "full":
+                    ratios = over_full(name, row["method"], precision, settings.few_pairs, settings, bar.update)
+                yield {**row, "time_ratios": ratios}
 
 
-def against_full(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+def against_full(precision: torch.dtype, settings: Settings) -> Iterator[dict[str, Any]]:
     """LoRA against full fine-tuning, on the same backbones."""
-    rows = []
     for name in of_paper(settings):
         with tqdm(total=settings.pairs + WARM_UP, desc=f"{name}: LoRA / full, {precision}", unit="pair") as bar:
             ratios = over_full(name, "lora", precision, settings.pairs, settings, bar.update)
-        rows.append({"backbone": name, "batch": settings.batch, "time_ratios": ratios})
-    return rows
+        yield {"backbone": name, "batch": settings.batch, "time_ratios": ratios}
 
 
 def over_full(
@@ -162,17 +165,19 @@ def of_paper(settings: Settings) -> list[str]:
     return [name for name in OF_PAPER if name in settings.backbones]
 
 
-def against_peft(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+def against_peft(precision: torch.dtype, settings: Settings) -> Iterator[dict[str, Any]]:
     """Our LoRA against PEFT's on all pairs of layers, with the paper's batch and the small one."""
     plan = [pair for pair in PAIRS if pair.backbone in settings.backbones]
     plan = [pair for pair in plan if settings.layers in ((), pair.targets)]
-    return [one_against_peft(pair, precision, batch, settings) for pair, batch in product(plan, settings.batches)]
+    for pair, batch in product(plan, settings.batches):
+        yield one_against_peft(pair, precision, batch, settings)
 
 
 def one_against_peft(pair: Pair, precision: torch.dtype, batch: str, settings: Settings) -> dict[str, Any]:
     """Our LoRA over PEFT's: ratios of the time of steps in rounds, bytes at the peak and trained parameters of both.
 
     Ours as the trainer runs it, and in bfloat16 the adapter alone; and a step without LoRA: what it could save at most.
+    Where ours trains more parameters and takes more bytes, the bytes of PEFT's with a rank that trains as many.
     """
     gc.collect()
     size, rounds = {
@@ -192,19 +197,28 @@ def one_against_peft(pair: Pair, precision: torch.dtype, batch: str, settings: S
     with tqdm(total=rounds + WARM_UP, desc=described, unit="round") as bar:
         runs = [each.run for each in steps.values()]
         ratios = round_ratios(theirs.run, runs, rounds, warm_up=WARM_UP, progress=bar.update)
-    return {
+    peaks = [each.count().peak_bytes for each in (ours, theirs)]
+    trained = [trained_without_head(each.model) for each in (ours, theirs)]
+    row: dict[str, Any] = {
         "backbone": pair.backbone,
         "layers": pair.targets,
         "batch": size,
         **dict(zip(steps, ratios, strict=True)),
-        "peak_bytes": [each.count().peak_bytes for each in (ours, theirs)],
-        "trained": [trained_without_head(each.model) for each in (ours, theirs)],
+        "peak_bytes": peaks,
+        "trained": trained,
     }
+    if peaks[0] > peaks[1] and trained[0] > trained[1]:
+        rank = round(RANK * trained[0] / trained[1])
+        wider = made(lambda pair, tiny: with_peft(pair, tiny, rank))
+        bytes_of_wider, trained_of_wider = wider.count().peak_bytes, trained_without_head(wider.model)
+        row["wider_peft"] = {"rank": rank, "trained": trained_of_wider, "peak_bytes": bytes_of_wider}
+    return row
 
 
-def merged_against_stock(precision: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
+def merged_against_stock(precision: torch.dtype, settings: Settings) -> Iterator[dict[str, Any]]:
     """Merged models against stock ones, on the same backbones."""
-    return [one_merged_against_stock(name, precision, settings) for name in of_paper(settings)]
+    for name in of_paper(settings):
+        yield one_merged_against_stock(name, precision, settings)
 
 
 @torch.no_grad()

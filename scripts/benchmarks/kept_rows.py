@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ class Rows:
             raise ValueError(f"{path} does not hold runs and rows: remove it or choose another --output")
         self.runs, self.rows = found["runs"], found["rows"]
 
-    def add(self, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Put rows in the place of those that they measure anew; a run without a row any more goes."""
-        new = {_key(row): {**row, "run": len(self.runs) + 1} for row in rows}
-        kept = [new.pop(_key(row), row) for row in self.rows] + list(new.values())
-        runs = [*self.runs, run]
-        numbers = sorted({row["run"] for row in kept})
+    def add(self, run: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+        """Put a row in the place of the one that it measures anew; a run without a row any more goes."""
+        runs = self.runs if self.runs[-1:] == [run] else [*self.runs, run]
+        new = {_key(row): {**row, "run": len(runs)}}
+        kept = [new.pop(_key(before), before) for before in self.rows] + list(new.values())
+        numbers = sorted({each["run"] for each in kept})
         self.runs = [runs[number - 1] for number in numbers]
-        self.rows = [{**row, "run": numbers.index(row["run"]) + 1} for row in kept]
+        self.rows = [{**each, "run": numbers.index(each["run"]) + 1} for each in kept]
 
     def of(self, part: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["part"] == part]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,13 @@ class Options:
             value = getattr(self, each.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"{each.name} is {value}; expected at least 1")
+
+    def write(self, subject: str, page: str, numbers: Mapping[str, Any] | None) -> None:
+        """Write the page of a subject, and its raw numbers beside it."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / f"{subject}.md").write_text(page, encoding="utf-8")
+        if numbers is not None:
+            (self.output / f"{subject}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 Of = TypeVar("Of", bound=Options)

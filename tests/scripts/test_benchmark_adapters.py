@@ -38,14 +38,21 @@ def test_a_tiny_benchmark_of_the_adapters_writes_its_page(tmp_path: Path, monkey
     assert list(compared) == [(*each, batch) for each in layers for batch in (2, 1)]
     for (*_, batch), row in compared.items():
         assert len(row["time_ratios"]) == len(row["without_lora"]) == batch  # --paper-rounds and --small-rounds
-    assert compared["vit", "q", "k", "v", 1]["trained"] == [rows["lora"]["trained"], rows["PEFT's LoRA"]["trained"]]
+    fused = compared["vit", "q", "k", "v", 1]
+    assert fused["trained"] == [rows["lora"]["trained"], rows["PEFT's LoRA"]["trained"]]
+    wider = fused["wider_peft"]
+    assert (wider["rank"], wider["trained"]) == (12, fused["trained"][0])
+    assert fused["peak_bytes"][1] < fused["peak_bytes"][0] <= wider["peak_bytes"]
     for same, number in ((layers[1], blocks * 8 * (2 * width + 2 * 5 * width)), (layers[2], rows["lora"]["trained"])):
         assert compared[*same, 1]["trained"] == [number, number]
         assert compared[*same, 2]["peak_bytes"][0] > compared[*same, 1]["peak_bytes"][0]
         assert compared[*same, 2]["peak_bytes"][0] <= compared[*same, 2]["peak_bytes"][1]
+        assert "wider_peft" not in compared[*same, 1]
     page = (tmp_path / "adapters.md").read_text(encoding="utf-8")
     assert "| ViT-B/16 of transformers: q, k, v | 2 images, float32 | 73,728 / 73,728 | 2 | x " in page
     assert "| ViT-B/16, 224 px: q, k, v | 1 images, float32 | 73,728 / 49,152 | 1 | x " in page
+    ratio = f"{fused['peak_bytes'][0] / wider['peak_bytes']:.4f}"
+    assert f"; PEFT's rank 12, 73,728 parameters: x {ratio} | no; yes |" in page
     assert page.count("| ViT-B/16, 224 px | 1 images, float32 | 1 | x ") == 2  # over full fine-tuning, and merged
     assert {row["precision"] for row in found} == {"float32"}  # bfloat16 is too slow here, by the patch above
 
@@ -92,6 +99,23 @@ def test_a_row_that_is_measured_anew_takes_its_own_place(tmp_path: Path, monkeyp
     (tmp_path / "adapters.json").write_text('{"merged": {"rows": []}}', encoding="utf-8")
     with pytest.raises(ValueError, match="does not hold runs and rows: remove it"):
         measured("")
+
+
+def test_a_stopped_run_keeps_the_rows_that_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = adapters_subject.one_merged_against_stock
+
+    def stopped_at_bert(name: str, *others: Any) -> dict[str, Any]:
+        if name == "bert":
+            raise KeyboardInterrupt
+        return measure(name, *others)
+
+    monkeypatch.setattr(adapters_subject, "one_merged_against_stock", stopped_at_bert)
+    options = f"adapters --tiny --parts merged --precisions float32 --batch 1 --merged-pairs 1 --output {tmp_path}"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(options.split())
+    numbers = json.loads((tmp_path / "adapters.json").read_text(encoding="utf-8"))
+    assert [(row["backbone"], row["run"]) for row in numbers["rows"]] == [("vit", 1)] and len(numbers["runs"]) == 1
+    assert "| ViT-B/16, 224 px | 1 images, float32 | 1 | x " in (tmp_path / "adapters.md").read_text(encoding="utf-8")
 
 
 def test_methods_with_two_batches_have_a_table_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
