@@ -2,7 +2,8 @@
 
 Autocast keeps the bfloat16 copy of a weight that trains until its context ends, and makes that of a frozen one anew for
 each product: beside an adapter nearly all weights are frozen. The copies of layers that a gradient goes through live
-until the backward pass anyway, so that keeping these takes no more memory at the peak.
+until the backward pass anyway, so that keeping these adds little to the peak: 0.2 % of a step of ViT-B/16 with LoRA and
+4 images, for the first block's layers.
 """
 
 from __future__ import annotations
