@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -56,7 +58,8 @@ def run_jobs(wanted: Iterable[Job], records: Records, runs: Path, jobs: int) -> 
     for batch in (first, [job for job in missing if job.key not in done_first]):
         if not batch:
             continue
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, initializer=end_with_parent) as pool:
             futures = {pool.submit(run_job, job, runs): job for job in batch}
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc=f"{batch[0].task}", unit="run"):
@@ -66,6 +69,18 @@ def run_jobs(wanted: Iterable[Job], records: Records, runs: Path, jobs: int) -> 
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # with the runs that have begun; launched again, they are found done
                 raise
+
+
+def end_with_parent() -> None:
+    """In a worker: stop when the process that started it was killed, rather than train on for nobody."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_job(job: Job, runs: Path) -> dict[str, Any]:

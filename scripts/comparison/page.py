@@ -28,7 +28,7 @@ here need not hold on VTAB-1K, Flickr30K or MSR-VTT.
 - The weight of each measure was chosen on validation, by the mean over {selection} that are not reported, from
   {weights}; after it, at that weight, the bandwidth of euclidean and nonlinear. On clips the choice of scenes is used.
   The settings of LoRA and of full fine-tuning were not searched: penalties have three to five tries each, those none.
-  The learning rate of "head only" on digits was chosen by hand, on validation.
+  Chosen by hand, on validation: {by_hand}.
 - Scores are those of the test split after the last epoch: mean and standard deviation over the seeds.
 - "against {baseline}" is the mean difference with the same seed and its 95 % interval (Student's t). p is from the
   paired t-test, corrected by Holm over the {penalties} penalties; a difference is called one only if it is below
@@ -57,6 +57,11 @@ def write_page(records: Records, output: Path) -> None:
             weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
             selection=", ".join(
                 f"{len(t.selection_seeds)} seed(s) of {n}" for n, t in TASKS.items() if t.selection_seeds
+            ),
+            by_hand="; ".join(
+                f'"{method}" on {name}: {" ".join(overrides)}'
+                for name, task in TASKS.items()
+                for method, overrides in task.by_method.items()
             ),
         )
     ]

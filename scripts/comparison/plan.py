@@ -29,7 +29,7 @@ class Task:
         unit: for people.
         seeds: that are reported.
         selection_seeds: with which weights and bandwidths are chosen on validation; not reported.
-        head_only: overrides for the frozen backbone: a head alone needs a larger learning rate (chosen on validation).
+        by_method: overrides of one method, such as a learning rate, chosen by hand on validation.
         selected_on: another task whose choice is taken over, where a grid of its own would cost too much.
     """
 
@@ -39,7 +39,7 @@ class Task:
     unit: str
     seeds: tuple[int, ...]
     selection_seeds: tuple[int, ...] = ()
-    head_only: tuple[str, ...] = ()
+    by_method: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     selected_on: str | None = None
 
 
@@ -57,7 +57,7 @@ TASKS = {
         unit="accuracy, %",
         seeds=tuple(range(10)),
         selection_seeds=(100, 101, 102),
-        head_only=("trainer.rates.head=1e-2",),
+        by_method={"head only": ("trainer.rates.head=1e-2",)},
     ),
     "digits": Task(
         command="train_classification",
@@ -66,7 +66,7 @@ TASKS = {
         unit="accuracy, %",
         seeds=tuple(range(10)),
         selection_seeds=(100,),
-        head_only=("trainer.rates.head=1e-2",),
+        by_method={"head only": ("trainer.rates.head=1e-2",)},
     ),
     "scenes": Task(
         command="train_retrieval",
@@ -114,10 +114,11 @@ class Job:
     def overrides(self) -> list[str]:
         measure = self.method.removeprefix("+ ")
         chosen = {
-            "head only": ["adapter=linear", "regularizer=none", *TASKS[self.task].head_only],
+            "head only": ["adapter=linear", "regularizer=none"],
             "full": ["adapter=full", "regularizer=none"],
             BASELINE: ["adapter=lora", "regularizer=none"],
         }.get(self.method, ["adapter=lora", f"regularizer={measure}"])
+        chosen += TASKS[self.task].by_method.get(self.method, ())
         chosen += [f"regularizer.{name}={value}" for name, value in self.settings.items()]
         return [*TASKS[self.task].overrides, *COMMON, *chosen, f"seed={self.seed}"]
 

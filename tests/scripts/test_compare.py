@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,7 +91,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         return fake_run(job, runs)
 
     monkeypatch.setattr(execute, "run_job", note)
-    monkeypatch.setattr(execute, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(execute, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
     return jobs
 
 
@@ -123,7 +127,7 @@ def test_a_penalty_goes_on_from_the_first_stage_of_lora(tmp_path: Path, cache: P
         seeds=(0,),
     )
     monkeypatch.setitem(TASKS, "digits", tiny)
-    monkeypatch.setattr(execute, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(execute, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
     records, runs = Records(tmp_path / "runs.jsonl"), tmp_path / "runs"
     penalised = Job(task="digits", method="+ linear", seed=0, settings={"weight": 0.1})
     run_jobs([penalised], records, runs, jobs=1)
@@ -134,6 +138,46 @@ def test_a_penalty_goes_on_from_the_first_stage_of_lora(tmp_path: Path, cache: P
     assert record["overrides"] == penalised.overrides and len(record["curve"]) == 2 and record["test"]["accuracy"] > 0
     assert base["epochs"] == [1, 1] and base["curve"][0] == record["curve"][0]
     assert not list(runs.rglob("checkpoint-*")), "what a sweep would fill the disk with"
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from comparison import execute
+
+def work(job, runs):
+    for beat in range(3000):
+        (runs / "beats").write_text(str(beat))
+        time.sleep(0.1)
+
+if __name__ == "__main__":
+    execute.run_job = work
+    execute.run_jobs([execute.Job(task="digits", method="full", seed=0)], execute.Records(Path("none")), Path("."), 1)
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(WORK)
+    scripts = str(Path(__file__).parents[2] / "scripts")
+    parent = subprocess.Popen([sys.executable, "work.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": scripts})
+    beats = tmp_path / "beats"
+    _until(beats.is_file)
+    parent.kill()
+    parent.wait()
+
+    def still() -> bool:
+        before = beats.read_text()
+        time.sleep(0.5)
+        return beats.read_text() == before
+
+    _until(still)
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) -> None:
