@@ -82,6 +82,7 @@ TASKS = {
         score="rsum",
         unit="Rsum, 0-600",
         seeds=(0, 1, 2),
+        by_method={"full": ("trainer.rates.backbone=3e-5",)},
         selected_on="scenes",
     ),
 }
