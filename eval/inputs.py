@@ -18,20 +18,23 @@ def unit_rows(values: ArrayLike, name: str) -> NDArray[np.float32]:
     in float64, and read, where `values` is memory-mapped.
 
     Args:
-        values: array or torch tensor (any floating type, bfloat16 included) of shape (N, D), N and D at least 1.
+        values: array or torch tensor (real numbers of any type, bfloat16 included) of shape (N, D), N and D at least 1.
         name: what the caller calls the array; errors start with it.
 
     Returns:
         (N, D) float32, C-contiguous, each row of length 1.
 
     Raises:
-        ValueError: for another shape, for NaN or infinite entries, and for rows of zeros, which have no direction.
+        ValueError: for another shape or type, for NaN or infinite entries, and for rows of zeros, which have no direction.
     """
     rows: Any = values if hasattr(values, "detach") else np.asarray(values)
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(
             f"{name}: expected one embedding a row, shape (N, D) with N, D >= 1; received shape {tuple(rows.shape)}"
         )
+    kind = getattr(rows.dtype, "name", str(rows.dtype))  # of NumPy, or of torch
+    if "float" not in kind and "int" not in kind:
+        raise ValueError(f"{name}: expected real numbers; received {kind}")
     unit = np.empty(tuple(rows.shape), dtype=np.float32)
     broken = empty = 0
     for start in range(0, len(rows), BLOCK_SIZE):
@@ -56,13 +59,16 @@ def unit_rows(values: ArrayLike, name: str) -> NDArray[np.float32]:
     return unit
 
 
-def caption_owners(image_of_text: ArrayLike, n_images: int, *, distractors: bool = False) -> NDArray[np.int64]:
+def caption_owners(
+    image_of_text: ArrayLike, n_images: int, *, distractors: bool = False, name: str = "image_of_text"
+) -> NDArray[np.int64]:
     """Check the correspondence: each caption has one image, each image at least one caption.
 
     Args:
         image_of_text: (M,) integers in 0..n_images-1, the image that caption m describes.
         n_images: number of images N.
         distractors: whether images without a caption are meant.
+        name: what the caller calls the first; errors start with it.
 
     Returns:
         (M,) int64.
@@ -72,13 +78,11 @@ def caption_owners(image_of_text: ArrayLike, n_images: int, *, distractors: bool
     """
     owners = np.asarray(image_of_text.cpu() if hasattr(image_of_text, "cpu") else image_of_text)
     if owners.ndim != 1 or not np.issubdtype(owners.dtype, np.integer):
-        raise ValueError(
-            f"image_of_text: expected integers of shape (M,); received {owners.dtype}, shape {owners.shape}"
-        )
+        raise ValueError(f"{name}: expected integers of shape (M,); received {owners.dtype}, shape {owners.shape}")
     outside = int(np.count_nonzero((owners < 0) | (owners >= n_images)))
     if outside:
         raise ValueError(
-            f"image_of_text: {outside} of {len(owners)} entries are outside 0..{n_images - 1}; "
+            f"{name}: {outside} of {len(owners)} entries are outside 0..{n_images - 1}; "
             f"it must index the rows of images, of which there are {n_images}"
         )
     owners = owners.astype(np.int64)
@@ -86,7 +90,7 @@ def caption_owners(image_of_text: ArrayLike, n_images: int, *, distractors: bool
     if silent and not distractors:
         raise ValueError(
             f"{silent} of {n_images} images have no caption, so image-to-text has no right answer for them; "
-            "add their captions, leave those images out, or say distractors=True to keep them for text-to-image alone"
+            "add their captions, leave those images out, or keep them for text-to-image alone (distractors=True, --distractors)"
         )
     return owners
 

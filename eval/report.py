@@ -17,7 +17,7 @@ from eval.history import read_history
 from eval.pictures import data_uri, retrieved_cards
 from eval.redundancy import common_prefix, layer_redundancies
 from eval.run_folder import FinishedRun, read_run
-from eval.tables import SPLITS, table_rows
+from eval.tables import table_rows
 
 
 def write_report(run_folder: Path) -> Path:
@@ -64,7 +64,6 @@ def _content(folder: FinishedRun) -> dict[str, Any]:
         "run": run,
         "metrics": metrics,
         "config": folder.config,
-        "splits": [split for split in SPLITS if split in metrics],
         "rows": table_rows(metrics),
         "percent_trained": 100 * run["trained_parameters"] / run["total_parameters"],
         "redundancy": metrics.get("redundancy"),

@@ -14,6 +14,7 @@ from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 
 import adapters  # noqa: F401  (before timm)
+from mistakes import mistakes_in_one_line
 
 SUBJECTS = {
     "regularizers": "Table 6 of the ReSoRA paper: time, memory and FLOPs that each penalty adds to a step of ViT-B/16",
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("subject", choices=SUBJECTS, metavar="subject", help="what is measured")
     parser.add_argument("options", nargs=REMAINDER, help="of the subject; `benchmark.py <subject> --help` lists them")
     given = parser.parse_args(arguments)
-    run_subject(given.subject, given.options)
+    with mistakes_in_one_line():
+        run_subject(given.subject, given.options)
 
 
 def run_subject(name: str, arguments: list[str]) -> None:

@@ -50,6 +50,8 @@ def launch(
         print(help_text.strip() + "\n\n" + _choices(known))
         return
     given = _parse(arguments)
+    if given.multirun and given.cfg:
+        stop("error: --cfg prints the configuration of one run: leave --multirun out, and give each setting one value")
     overrides: list[str] = given.overrides
     other_folders = given.config_dir or given.config_path or given.config_name  # which may hold more to choose from
     if not other_folders and (message := _unknown_choice(overrides, known)):

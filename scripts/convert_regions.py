@@ -61,6 +61,9 @@ def captions_alone(arguments: argparse.Namespace) -> None:
         for split, images in split_file.splits.items()
     }
     write_captions(split_file._replace(splits=ordered), arguments.output, keep_ids=numbered)
+    for split, images in split_file.splits.items():
+        if left_out := len(images) - len(ordered[split]):
+            print(f"{left_out} of {len(images)} images of {split} are not in {files[split].name} and were left out")
 
 
 def in_order_of(path: Path, images: list[Described]) -> list[Described]:

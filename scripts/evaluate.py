@@ -42,6 +42,7 @@ def main(config: dict[str, Any]) -> None:
         raise ValueError(f"folds and embeddings are of retrieval, and run={folder} is none; leave them null")
     else:
         metrics = _classification(folder, config["root"], split, described["precision"])
+    print(f"Model selected by: {described['selection']}")
     if config["output"]:
         Path(config["output"]).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
@@ -66,6 +67,7 @@ def _retrieval(
         for name, array in (("images", encoded.images), ("texts", encoded.texts), ("owners", owners)):
             np.save(embeddings / f"{name}.npy", array)
     metrics: dict[str, Any] = {
+        **_validation_is(folder),
         split: encoded.metrics(owners),
         "chance": {split: chance_level(owners, len(data))},
     }
@@ -89,11 +91,20 @@ def _classification(folder: Path, root: str | None, split: str, precision: str) 
         there = ", ".join(name for name in SPLITS if len(splits[name]))
         raise ValueError(f"split={split} of run={folder} has no images; it has {there}")
     metrics = {
+        **_validation_is(folder),
         split: evaluate(model, splits[split], precision=precision),
         "chance": {split: chance_accuracy(len(data.classes))},
     }
     print(render_accuracy(metrics))
     return metrics
+
+
+def _validation_is(folder: Path) -> dict[str, Any]:
+    """What the run noted if it validated on the test split, for the table to say so too."""
+    from training import RunFolder
+
+    noted = RunFolder(folder).read_json("metrics.json") or {}
+    return {key: noted[key] for key in ("validation_is",) if key in noted}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from mistakes import mistakes_in_one_line
 
 from eval import chance_level, retrieval_metrics
 from eval.folds import fold_metrics
+from eval.inputs import caption_owners
 from eval.tables import render_rows
 
 
@@ -27,6 +28,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.json and not arguments.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {arguments.json}: its folder does not exist")
     images, texts, owners = (read(path) for path in (arguments.images, arguments.texts, arguments.owners))
+    if images.ndim == 2:  # of another shape it is refused just below
+        owners = caption_owners(owners, len(images), distractors=arguments.distractors, name="owners")
     whole = retrieval_metrics(images, texts, owners, distractors=arguments.distractors)
     found = {"all": {"metrics": whole, "chance": chance_level(owners, len(images), distractors=arguments.distractors)}}
     if arguments.folds is not None:

@@ -27,6 +27,8 @@ def main(runs: list[Path], csv: Path | None) -> None:
     results, left_out = read_results(runs)
     tables, twice = make_tables(results)
     print(render(tables, left_out | twice))
+    if not tables:
+        raise ValueError(f"no finished run below {', '.join(map(str, runs))}, so there is no table")
     if csv:
         pd.DataFrame(csv_rows(tables)).to_csv(csv, index=False)
 

@@ -238,11 +238,13 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit, with "-dirty" where the tree outside docs/ differs from it; None outside a git checkout."""
+    """The commit, with "-dirty" where the tree outside docs/ differs from it, or has new code; None outside a git checkout."""
     git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     try:
         commit = git(["git", "rev-parse", "HEAD"], check=True).stdout.strip()
+        code = [":(top)*.py", ":(top)*.yaml", ":(top,exclude)docs"]
         differs = git(["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs"]).returncode != 0
+        differs |= bool(git(["git", "ls-files", "--others", "--exclude-standard", "--", *code], check=True).stdout)
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}-dirty" if differs else commit

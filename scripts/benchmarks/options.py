@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -45,7 +44,11 @@ Of = TypeVar("Of", bound=Options)
 
 
 def from_command_line(options: type[Of], program: str, description: str | None, arguments: Sequence[str]) -> Of:
-    """Parse the command line of a subject; a mistake in it ends the process with one line."""
+    """Parse the command line of a subject.
+
+    Raises:
+        ValueError: for a number that is out of range.
+    """
     parser = ArgumentParser(prog=program, description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     for each in fields(options):
         flag, default, described = f"--{each.name.replace('_', '-')}", each.default, each.metadata["help"]
@@ -61,7 +64,4 @@ def from_command_line(options: type[Of], program: str, description: str | None, 
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parser.parse_args(arguments)).items()
     }
-    try:
-        return options(**given)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    return options(**given)

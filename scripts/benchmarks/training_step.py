@@ -38,15 +38,6 @@ def adapted(adapter: str, model: str, image_size: int) -> nn.Module:
     return inject(backbone, method, train=("head",))
 
 
-def has_subspaces(adapter: str, model: str, image_size: int) -> bool:
-    """Whether the adapter shows something to capture, and so to penalise."""
-    try:
-        with capture(adapted(adapter, model, image_size)):
-            return True
-    except ValueError:
-        return False
-
-
 class Step:
     """A model in training, AdamW on what trains, and one batch with labels.
 

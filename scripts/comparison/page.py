@@ -27,8 +27,8 @@ here need not hold on VTAB-1K, Flickr30K or MSR-VTT.
   blocks; scenes: the text side's, since the regions were encoded beforehand).
 - The weight of each measure was chosen on validation, by the mean over {selection} that are not reported, from
   {weights}; after it, at that weight, the bandwidth of euclidean and nonlinear. On clips the choice of scenes is used.
-  The settings of LoRA and of full fine-tuning were not searched: penalties have three to five tries each, those none.
-  Chosen by hand, on validation: {by_hand}.
+  The other settings of LoRA, of full fine-tuning and of "head only" were not searched, where penalties have three to
+  five tries each, but for these, chosen by hand, on validation: {by_hand}.
 - Scores are those of the test split after the last epoch: mean and standard deviation over the seeds.
 - "against {baseline}" is the mean difference with the same seed and its 95 % interval (Student's t). p is from the
   paired t-test, corrected by Holm over the {penalties} penalties; a difference is called one only if it is below
@@ -44,6 +44,10 @@ SINCE_MENDED = """
 These runs are of a version in which seeds next to each other shared the order of items, an epoch apart, and in which
 the second stage of scenes and clips drew the captions and augmentations of the first once more. Both were so for all
 methods alike, and are mended: a run of today has other digits."""
+MIXED = """
+
+**Rows of this table are of different versions**: {before} of one in which seeds next to each other shared the order of
+items, the others of a later one. A difference between the two is not one between methods."""
 
 
 def write_page(records: Records, output: Path) -> None:
@@ -121,8 +125,16 @@ def _section(records: Records, task: str) -> str:
         f"{method} {len(scores)}" for method, scores, _ in rows
     )  # fmt: skip
     complete = "" if len(rows) == len(METHODS) else " Not all methods have been run yet."
-    commits = {(record["git_commit"] or "unknown")[:7] for record in records.all if record["task"] == task}
-    complete += SINCE_MENDED if commits & set(BEFORE) else ""
+    commits_of = {
+        method: {
+            (record["git_commit"] or "unknown")[:7]
+            for record in _records(records, task, method, settings.get(method.removeprefix("+ "), {}))
+        }
+        for method, _, _ in rows
+    }
+    commits = set().union(*commits_of.values())
+    if before := [method for method, own in commits_of.items() if own & set(BEFORE)]:
+        complete += SINCE_MENDED if commits <= set(BEFORE) else MIXED.format(before=", ".join(before))
     table = "\n".join(lines)
     head = f"## {task}\n\n{seeds}, code of {', '.join(sorted(commits))}.{complete}"
     return f"{head}\n\n{table}\n\n{' '.join(verdicts)}\n"

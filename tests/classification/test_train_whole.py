@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from classification.train import train
 from eval import render_accuracy
 from training import RunFolder
 from training.run import Unrestorable
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # as for `python scripts/evaluate.py`
+
+import command_line
+import evaluate as evaluate_command
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = """
@@ -126,7 +132,9 @@ def test_held_out_images_choose_the_epoch(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_selection_on_the_test_split_is_labelled(root: Path, tmp_path: Path) -> None:
+def test_selection_on_the_test_split_is_labelled(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     as_prior_work = ("data.validation=test", "trainer.selection=validation", "adapter=linear", "regularizer=none")
     run = train(config(root, tmp_path, "data=vtab", *as_prior_work))
     metrics, selection = run.read_json("metrics.json"), run.read_json("run.json")["selection"]
@@ -134,6 +142,14 @@ def test_selection_on_the_test_split_is_labelled(root: Path, tmp_path: Path) -> 
     assert selection.endswith("on the test split (data.validation=test, as in prior work)")
     header, *lines = render_accuracy(metrics).splitlines()
     assert lines[0].startswith("validation = test") and {len(line) for line in lines} == {len(header)}
+    capsys.readouterr()
+    written = tmp_path / "again.json"
+    evaluate_command.main(
+        command_line.compose("evaluate", [f"run={run.path}", "split=validation", f"output={written}"])
+    )
+    again = capsys.readouterr().out
+    assert lines[0] in again and again.endswith(f"Model selected by: {selection}\n")
+    assert json.loads(written.read_text())["validation_is"] == "test"
 
 
 def test_a_few_shots(root: Path, tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_float16_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 5])
-def test_captions_come_in_the_order_of_the_features_that_are_there(tmp_path: Path, lines: int) -> None:
+def test_captions_come_in_the_order_of_the_features_that_are_there(
+    tmp_path: Path, lines: int, capsys: pytest.CaptureFixture
+) -> None:
     split_file, output = write_karpathy(tmp_path / "flickr.json"), tmp_path / "flickr30k"
     output.mkdir()
     np.save(output / "train_ims.npy", np.stack([regions(4), regions(11)]))
@@ -143,6 +145,17 @@ def test_captions_come_in_the_order_of_the_features_that_are_there(tmp_path: Pat
         assert np.array_equal(features, regions(number)) and caption == f"Caption 0 of {number} ."
     assert (output / "train_ids.txt").read_text() == numbers
     assert (output / "dev_ids.txt").read_text() == "9\n", "the split file's, where there are none"
+    assert "_ids.txt and were left out" not in capsys.readouterr().out
+
+
+def test_images_that_an_ids_file_lacks_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    split_file, output = write_karpathy(tmp_path / "flickr.json"), tmp_path / "flickr30k"
+    output.mkdir()
+    (output / "train_ids.txt").write_text("4\n")
+    convert_regions.main(["captions", "--karpathy", str(split_file), "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert "train: 1 images, 5 captions" in printed
+    assert "1 of 2 images of train are not in train_ids.txt and were left out" in printed
 
 
 def test_numbers_that_the_split_file_does_not_have_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

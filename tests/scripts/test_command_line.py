@@ -241,6 +241,11 @@ def test_a_job_that_fails_in_another_process_is_hydras_to_report(
     assert begun == [0, 1] and capsys.readouterr().err.count(f"error in seed=1 runs={tmp_path}: no such data\n") == 1
 
 
+def test_the_configuration_of_a_sweep_is_not_one(run: Callable[..., Done]) -> None:
+    done = run("train_retrieval", "--multirun", "seed=0,1", "--cfg", "job")
+    assert done.returncode == 2 and done.stderr.startswith("error: --cfg prints the configuration of one run")
+
+
 def test_a_sweep_is_checked_before_its_first_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

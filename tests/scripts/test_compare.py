@@ -210,4 +210,21 @@ def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) 
     records.all[-1]["git_commit"] = "835fb2712345"
     page.write_page(records, tmp_path)
     text = (tmp_path / "results.md").read_text()
-    assert "10 seeds, code of 0123456, 835fb27.\n\nThese runs are of a version in which" in text
+    assert (
+        "10 seeds, code of 0123456, 835fb27.\n\n**Rows of this table are of different versions**: full of one" in text
+    )
+    for record in records.all:
+        record["git_commit"] = "835fb2712345"
+    page.write_page(records, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "10 seeds, code of 835fb27.\n\nThese runs are of a version in which" in text
+
+
+def test_the_documents_count_the_choices_as_they_are() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    records = Records(docs / "results" / "runs.jsonl")
+    choices = [chosen_settings(task, records).values() for task in TASKS if TASKS[task].selection_seeds]
+    weights = [settings["weight"] for chosen in choices for settings in chosen]
+    said = f"in {weights.count(1e-2)} of the {len(weights)} choices of [results.md](results.md) "
+    said += f"(1e-1 in {weights.count(1e-1)}, 1e-3 in {weights.count(1e-3)})"
+    assert said in (docs / "regularizers.md").read_text(encoding="utf-8")

@@ -47,6 +47,18 @@ def test_distractors_have_to_be_asked_for(tmp_path: Path, capsys: pytest.Capture
         evaluate_features.main(given(tmp_path, arrays, distractors=True, folds=2))
 
 
+def test_a_mistake_is_named_as_the_command_does(tmp_path: Path) -> None:
+    arrays = {"images": np.eye(3), "texts": np.eye(3), "owners": np.arange(3)}
+    for name, array, hint in (
+        ("owners", np.arange(1, 4), r"owners: 1 of 3 entries are outside 0\.\.2"),
+        ("owners", np.arange(2), "1 of 3 images have no caption.*--distractors"),
+        ("images", np.eye(3) * 1j, "images: expected real numbers; received complex128"),
+        ("images", np.array(1.0), r"images: expected one embedding a row.* received shape \(\)"),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            evaluate_features.main(given(tmp_path, arrays | {name: array}))
+
+
 def test_files_that_are_no_plain_arrays_are_refused(tmp_path: Path) -> None:
     arrays = {"images": np.eye(3), "texts": np.eye(3), "owners": np.arange(3)}
     with pytest.raises(FileNotFoundError, match=r"no\.npy: there is no such file"):

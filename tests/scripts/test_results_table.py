@@ -237,6 +237,9 @@ def test_runs_that_cannot_be_used_are_named(runs: Runs, capsys: pytest.CaptureFi
     assert f"- {again}: the same settings and seed as {first}" in printed
     assert f"- {other}: cannot be read: it lacks 'data.name'" in printed
     assert f"- {broken}: cannot be read: Expecting value" in printed and f"- {no_run}: cannot be read" in printed
+    with pytest.raises(ValueError, match=f"no finished run below {unfinished}, so there is no table"):
+        results_table.main([unfinished], runs.folder / "none.csv")
+    assert not (runs.folder / "none.csv").exists()
     (runs.folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no folder of a run"):
         results_table.main([runs.folder / "empty"], None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+import training.run as training_run
 from adapters import Full, LoRA, inject, load, save
 from training import Hardware, LearningRates, Recipe, RunFolder, Stage, choose_hardware
 from training.hardware import compute_device, device_name
 from training.optimizers import parameter_groups
 from training.record import clock, hardware_for
-from training.run import Unrestorable
+from training.run import Unrestorable, environment
 
 
 class Tower(nn.Module):
@@ -25,6 +27,32 @@ class Tower(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(4, 12)})
         self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, 2)
+
+
+def test_the_commit_of_a_run_says_whether_the_code_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "training"
+    (tmp_path / "docs").mkdir(), package.mkdir()
+    monkeypatch.setattr(training_run, "__file__", str(package / "run.py"))
+    assert environment()["git_commit"] is None, "no checkout"
+    for name in ("training/run.py", "docs/results.md"):
+        (tmp_path / name).write_text("as committed")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    for name, mark in (
+        ("docs/results.md", ""),
+        ("docs/figure.py", ""),
+        ("metrics.json", ""),
+        ("training/new.py", "-dirty"),
+        ("training/run.py", "-dirty"),
+    ):
+        file = tmp_path / name
+        before = file.read_text() if file.exists() else None
+        file.write_text("another")
+        assert environment()["git_commit"] == f"{commit}{mark}", name
+        file.unlink() if before is None else file.write_text(before)
+    assert environment()["git_commit"] == commit
 
 
 def test_parameters_fall_into_groups_by_what_they_are() -> None:
