@@ -28,12 +28,12 @@ from adapters.inject import (  # noqa: E402
     after_step,
     inject,
     loss_parts,
-    merge,
     trainable_parameters,
 )
 from adapters.io import load, save  # noqa: E402
 from adapters.lora import LoRA  # noqa: E402
 from adapters.lst import LST  # noqa: E402
+from adapters.merging import merge  # noqa: E402
 from adapters.methods import ADAPTERS  # noqa: E402
 from adapters.moslora import MoSLoRA  # noqa: E402
 from adapters.noah import NOAH  # noqa: E402

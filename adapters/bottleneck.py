@@ -140,10 +140,9 @@ class BottleneckAdapter:
             extended = extend(part, extension)
             if isinstance(extended, Bottlenecked):
                 size = next((n for p, n in self.bottleneck_pattern.items() if compiled(p).search(layer)), None)
-                like = next(m.weight for m in block.module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
                 # ConvNeXt's small sizes run their MLP as 1x1 convolutions, on (B, C, H, W).
                 channels = 1 if getattr(block.module, "use_conv_mlp", False) else -1
-                extended.hold(self.module(block.width, size or self.bottleneck, like, channels))
+                extended.hold(self.module(block.width, size or self.bottleneck, block.like, channels))
 
     def stored_subspaces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """See `LowRankAdapter`: the pair of `Bottlenecked.weight_subspaces`."""

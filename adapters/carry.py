@@ -3,6 +3,8 @@
 Each extended block takes (x, carried) and hands (x, carried) on; the first takes a bare x and the last returns one. So
 the carried stream goes the way of the data: it works wherever the blocks themselves are called one after another, under
 gradient checkpointing (timm's and open_clip's call the blocks, not their container), in deepcopies and in threads.
+Reentrant checkpointing sees no gradient in a tuple, and is refused. What reads the output of a single block, as timm's
+`forward_intermediates` does, gets the pair.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from adapters.extend import Extension
@@ -27,8 +30,19 @@ class CarryingBlock(Extension):
     last: bool
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Tokens, or (tokens, carried) -> the same; from the last block tokens. Other arguments are the block's own."""
-        x, carried = x if isinstance(x, tuple) else (x, None)
+        """Tokens, or (tokens, carried) -> the same; from the last block tokens. Other arguments are the block's own.
+
+        Raises:
+            ValueError: under reentrant checkpointing.
+        """
+        carried = None
+        if isinstance(x, tuple):
+            x, carried = x
+            if x.requires_grad and not torch.is_grad_enabled():
+                raise ValueError(
+                    "a stream that is carried from block to block loses its gradient under reentrant checkpointing; "
+                    "use use_reentrant=False"
+                )
         stock = super().forward
 
         def run(tokens: Any, module: Callable[..., Tensor] = stock) -> Tensor:

@@ -86,7 +86,7 @@ class DTL:
         mix = self.mix(tower, stage[0])
         for block, add in zip(stage, adds, strict=True):
             pair = LoRABranch(block.width, block.width, self.rank, scale=1.0, dropout=0.0)
-            like = next(block.module.parameters())
+            like = block.like
             side = extend(block.module, SideBlock)
             side.branches, side.mix = nn.ModuleDict({SIDE: pair}), mix if add else None
             side.adds, side.last, side.record = add, block is stage[-1], None

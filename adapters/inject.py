@@ -1,4 +1,4 @@
-"""Put an adapter into a model, show and count what trains, and fold it back into the weights."""
+"""Put an adapter into a model, and show and count what trains."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
             is unknown. Whatever is raised, nothing has changed then.
     """
     train = (train,) if isinstance(train, str) else tuple(train)
+    compiled, model = model, uncompiled(model)
     check_fresh(model)
     before = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     before += [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -72,7 +73,7 @@ def inject(model: nn.Module, adapter: Adapter, train: Iterable[str] = (), *, sho
         object.__setattr__(model, "injection", held)
         if show:
             print(adapter_table(model))
-    return model
+    return compiled
 
 
 @contextmanager
@@ -120,6 +121,13 @@ def parameters_below(model: nn.Module, paths: Iterable[str]) -> set[nn.Parameter
     return {p for name, p in model.named_parameters(remove_duplicate=False) if is_below(name, paths)}
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile was given, or `model` itself: names begin there, and so does what `inject` notes."""
+    original = getattr(model, "_orig_mod", model)
+    assert isinstance(original, nn.Module)
+    return original
+
+
 def injection(model: nn.Module) -> Injection | None:
     """What was injected into `model`, or None where nothing was or it has been merged."""
     held: Injection | None = getattr(model, "injection", None)
@@ -161,43 +169,6 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
     for module, held in injections(model):
         if isinstance(held.adapter, ScheduledAdapter):
             held.adapter.after_step(module, step, total_steps)
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Fold the adapter into the weights: the backbone's own classes and state-dict keys, the same outputs. In place.
-
-    Updates are added to the weights in float32 at least. What trained besides the adapter (`train`) keeps its values.
-
-    Raises:
-        ValueError: if the model holds no adapter, or one that cannot be folded in: because of what it is, or because a
-            weight that it would change is another layer's too. The message says why, and nothing has changed.
-    """
-    if (held := injection(model)) is None:
-        raise ValueError(f"{type(model).__name__} holds no adapter: nothing to merge")
-    if held.adapter.not_mergeable:
-        raise ValueError(f"{held.adapter.name} cannot be merged: {held.adapter.not_mergeable}")
-    extended = [(name, module) for name, module in model.named_modules() if isinstance(module, Extension)]
-    _check_untied(model, extended)
-    for _, module in extended:
-        module.merge()
-    return_to_fast_path(model)
-    object.__setattr__(model, "injection", Injection(held.adapter, held.train, merged=True))
-    return model
-
-
-def _check_untied(model: nn.Module, extended: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError if a parameter of an adapted module is also a parameter of a module of another kind."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(path)
-    for path, module in extended:
-        for name, parameter in module.named_parameters(recurse=False):
-            if others := [owner for owner in owners[parameter] if owner != path]:
-                raise ValueError(
-                    f"{path} cannot be merged: its {name} is tied to {others[0]}, which would change too; untie them "
-                    "(give one a parameter of its own), or keep the adapter as it is"
-                )
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from adapters.base import Adapter
 from adapters.inject import (
@@ -29,6 +30,7 @@ from adapters.inject import (
     is_below,
     trained_parameters,
     unchanged_on_error,
+    uncompiled,
 )
 from adapters.methods import ADAPTERS
 
@@ -42,6 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: if the model holds no adapter, if it has been merged, or if a parameter trains that is not the
             injection's, which `load` could not put back.
     """
+    model = uncompiled(model)
     if (held := injection(model)) is None:
         merged = hasattr(model, "injection")
         hint = (
@@ -84,6 +87,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             configuration than the model's, or its tensors are not exactly the model's (missing, unexpected and
             misshaped ones are named). Nothing has changed then.
     """
+    compiled, model = model, uncompiled(model)
     adapter, tensors, metadata = read(path)
     train = tuple(json.loads(metadata["train"]))
     held = injection(model)
@@ -107,11 +111,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         )
     if held is not None:
         _copy(tensors, _saved(model), path)
-        return model
+        return compiled
     with unchanged_on_error(model):
         inject(model, adapter, train)
         _copy(tensors, _saved(model), path)
-    return model
+    return compiled
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Adapter, dict[str, Tensor], dict[str, str]]:
@@ -161,14 +165,15 @@ def base_identity(frozen: Iterable[tuple[str, Tensor]]) -> str:
 def _saved(model: nn.Module) -> dict[str, Tensor]:
     """What a file holds of a model with an adapter, by name (the first one of parameters that are tied).
 
-    That is the parameters that the injection trains, and the persistent buffers of modules that own one of them or lie
-    where everything trains.
+    That is the parameters that the injection trains, and the persistent buffers of modules that own one of them, lie
+    where everything trains, or are batch norms, whose statistics move in training, frozen or not.
     """
     held, trained = injection(model), trained_parameters(model)
     assert held is not None
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in trained}
     for path, module in model.named_modules():
-        if is_below(path, held.whole) or any(parameter in trained for parameter in module.parameters(recurse=False)):
+        owns = any(parameter in trained for parameter in module.parameters(recurse=False))
+        if owns or is_below(path, held.whole) or isinstance(module, _BatchNorm):
             persistent = {
                 n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
             }

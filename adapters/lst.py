@@ -67,14 +67,11 @@ class LST:
         for tower in find_towers(model, ONE_WIDTH, self.name):
             ladder = self._ladder(tower)
             if tower.kind.startswith("clip"):
-                like = next(tower.blocks[0].module.parameters())
-                side = FeatureLadder(ladder).to(device=like.device, dtype=like.dtype)
-                extend(tower.module, feature_tower(tower)).side = side
+                extend(tower.module, feature_tower(tower)).side = FeatureLadder(ladder)
                 continue
             for index, (block, rung) in enumerate(zip(tower.blocks, ladder, strict=True)):
-                like = next(block.module.parameters())
                 beside = extend(block.module, LadderBlock)
-                beside.rung, beside.last = rung.to(device=like.device, dtype=like.dtype), index == len(ladder) - 1
+                beside.rung, beside.last = rung, index == len(ladder) - 1
 
     def _ladder(self, tower: Tower) -> list[Rung]:
         blocks = [block.module for block in tower.blocks]
@@ -86,9 +83,15 @@ class LST:
         width = feature_width if tower.kind.startswith("clip") else output_width
         out = width(tower, self.output_dim, self.name)
         kept = strongest(residual_strength(blocks)[None], tower.width // self.reduction)
+        like = tower.blocks[0].like
         ladder = [Rung(narrow(block, self.reduction, kept), tower.width, len(kept)) for block in blocks]
         ladder[0].start = nn.Linear(tower.width, len(kept))
         ladder[-1].up = nn.Linear(len(kept), out)
+        for rung in ladder:  # but for its block, whose parameters are as the stock block's, norms in float32 too
+            rung.alpha = nn.Parameter(like.new_zeros(()))
+            for new in (rung.start, rung.down, rung.up):
+                if new is not None:
+                    new.to(device=like.device, dtype=like.dtype)
         return ladder
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.base import Branched
-from adapters.inject import injection
+from adapters.inject import injection, uncompiled
 from adapters.lora import LoRABranch, LowRank
+from adapters.merging import without_autocast
 from adapters.patterns import default_and_others, exact_pattern
 from adapters.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, PeftUpdate, first
 
@@ -38,7 +39,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             in_proj_weight or the out_proj of nn.MultiheadAttention, parameters of other kinds, a nonlinear adapter.
         FileExistsError: if the folder holds files.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), uncompiled(model)
     if (held := injection(model)) is None:
         raise ValueError(f"{type(model).__name__} holds no adapter: call inject(model, adapter) before export_peft")
     if held.adapter.not_mergeable:
@@ -49,7 +50,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     heads = _exportable_heads(model, held.train, layers)
     _check_nothing_else_trains(model, held.own, held.adapter.name, layers, heads)
 
-    updates = {name: _update(layer) for name, layer in layers.items()}
+    with without_autocast(model):
+        updates = {name: _update(layer) for name, layer in layers.items()}
     tensors = {f"{PEFT_PREFIX}{name}.lora_A.weight": update.a for name, update in updates.items()}
     tensors |= {f"{PEFT_PREFIX}{name}.lora_B.weight": update.b for name, update in updates.items()}
     for head in heads:

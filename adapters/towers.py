@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 KINDS = ("bert", "vit", "swin", "convnext", "clip_vision", "clip_text")
 
@@ -29,6 +29,11 @@ class Block(NamedTuple):
     """Channels of the residual stream."""
     stage: int
     """0 in towers of one width."""
+
+    @property
+    def like(self) -> Tensor:
+        """The weight of a linear map or convolution: new parts are of its device and dtype. Norms may be of another."""
+        return next(m.weight for m in self.module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class UniPT:
 
     def apply(self, model: nn.Module) -> None:
         for tower in find_towers(model, ONE_WIDTH, self.name):
-            like = next(tower.blocks[0].module.parameters())
+            like = tower.blocks[0].like
             fusion = self._fusion(tower).to(device=like.device, dtype=like.dtype)
             if isinstance(fusion, FeatureFusion):
                 extend(tower.module, feature_tower(tower)).side = fusion

@@ -81,7 +81,7 @@ class VPT:
 
     def _fresh(self, tower: Tower, block: Block) -> nn.Parameter:
         """New prompts (p, d)."""
-        like = next(block.module.parameters())
+        like = block.like
         prompts = torch.empty(self.prompts, block.width, device=like.device, dtype=like.dtype)
         if tower.kind == "clip_text":
             return nn.Parameter(nn.init.normal_(prompts, std=0.02))

@@ -25,7 +25,7 @@ def unit_rows(values: ArrayLike, name: str) -> NDArray[np.float32]:
         (N, D) float32, C-contiguous, each row of length 1.
 
     Raises:
-        ValueError: for another shape or type, for NaN or infinite entries, and for rows of zeros, which have no direction.
+        ValueError: for another shape or type, for NaN or infinite entries, and for rows of zeros: no direction.
     """
     rows: Any = values if hasattr(values, "detach") else np.asarray(values)
     if rows.ndim != 2 or 0 in rows.shape:
@@ -90,7 +90,8 @@ def caption_owners(
     if silent and not distractors:
         raise ValueError(
             f"{silent} of {n_images} images have no caption, so image-to-text has no right answer for them; "
-            "add their captions, leave those images out, or keep them for text-to-image alone (distractors=True, --distractors)"
+            "add their captions, leave those images out, or keep them for text-to-image alone (distractors=True, "
+            "--distractors)"
         )
     return owners
 

@@ -43,7 +43,7 @@ class ReSoRA:
 
     Args:
         measure: a name in `REGULARIZERS`.
-        weight: the penalty's weight. Default: 1e-2, the middle of those that docs/results.md tries; the paper gives none.
+        weight: the penalty's weight. Default: 1e-2, the middle of those in docs/results.md; the paper gives none.
             It multiplies a sum over pairs: at rank 64 the same weight is 72 times as strong as at rank 8.
         on: "features", or "weights" as in the paper's Table 4, see `capture`.
         samples: "tokens" or "mean", see `capture`.

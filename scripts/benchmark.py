@@ -13,8 +13,9 @@ from __future__ import annotations
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 
-import adapters  # noqa: F401  (before timm)
 from mistakes import mistakes_in_one_line
+
+import adapters  # noqa: F401  (before timm)
 
 SUBJECTS = {
     "regularizers": "Table 6 of the ReSoRA paper: time, memory and FLOPs that each penalty adds to a step of ViT-B/16",

@@ -238,7 +238,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit, with "-dirty" where the tree outside docs/ differs from it, or has new code; None outside a git checkout."""
+    """The commit, with "-dirty" where the tree outside docs/ differs or has new code; None outside a git checkout."""
     git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     try:
         commit = git(["git", "rev-parse", "HEAD"], check=True).stdout.strip()

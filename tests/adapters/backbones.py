@@ -83,7 +83,7 @@ def convnext() -> nn.Module:
     )  # fmt: skip
 
 
-def clip(own_attention: bool = False) -> nn.Module:
+def clip(own_attention: bool = False, **options: Any) -> nn.Module:
     from open_clip.model import CLIP
 
     towers: dict[str, Any] = {
@@ -93,7 +93,16 @@ def clip(own_attention: bool = False) -> nn.Module:
     if own_attention:
         for tower in towers.values():
             tower["block_type"] = "custom"
-    return Clip(CLIP(embed_dim=16, quick_gelu=True, **towers), 32)
+    return Clip(CLIP(embed_dim=16, quick_gelu=True, **towers, **options), 32)
+
+
+def in_low_precision(name: str) -> nn.Module:
+    """The CLIP model of a backbone as open_clip's `precision="bf16"` makes it: norms stay in float32."""
+    from open_clip.model import convert_weights_to_lp
+
+    model = clip(own_attention=name != "clip", cast_dtype=torch.bfloat16).backbone
+    convert_weights_to_lp(model, torch.bfloat16)
+    return model
 
 
 def clip_own_attention() -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.model import CLIP
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -157,6 +158,23 @@ def test_running_statistics_without_parameters_beside_them(tmp_path: Path, adapt
     back = fresh()
     back.head.load_state_dict({n: t for n, t in model.head.state_dict().items() if "running" not in n}, strict=False)
     assert torch.equal(load(back, tmp_path / "a.safetensors").eval()(ids), model.eval()(ids))
+
+
+def test_frozen_batch_norms_move_and_come_back(tmp_path: Path) -> None:
+    """Their statistics follow the data in training mode, as in any frozen backbone: CLIP's ResNet beside LoRA."""
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "head_width": 8}
+    text = {"context_length": 12, "vocab_size": 50, "width": 24, "heads": 4, "layers": 2}
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return CLIP(16, vision_cfg=vision, text_cfg=text)
+
+    model, images = inject(fresh(), LoRA(rank=2, targets=("q", "v"))).train(), torch.randn(4, 3, 32, 32)
+    model.encode_image(images)
+    save(model, tmp_path / "a.safetensors")
+    expected = model.eval().encode_image(images)
+    assert not torch.allclose(fresh().eval().encode_image(images), expected, rtol=0.01)
+    assert torch.equal(load(fresh(), tmp_path / "a.safetensors").eval().encode_image(images), expected)
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=3), Full()], ids=lambda a: a.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import BACKBONES, build, inputs
+from backbones import BACKBONES, build, in_low_precision, inputs
 from cells import (
     ARCHITECTURES,
     CELLS,
@@ -23,6 +23,7 @@ from cells import (
     trained,
 )
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
 from adapters import ADAPTERS, inject, load, save
@@ -47,8 +48,11 @@ def test_what_should_train_does_and_nothing_else(method: str, backbone: str) -> 
     stock, model = build(backbone), adapted(method, backbone).train()
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"head.weight", "head.bias"} <= trains
-    if method != "full":
-        assert any(not p.requires_grad for p in model.parameters())
+    of_the_backbone = {name for name, _ in stock.named_parameters() if name in trains and not name.startswith("head.")}
+    of_its_own = STOCK_TRAINS.get(method, "nothing")
+    assert of_the_backbone == {
+        name for name, _ in stock.backbone.named_parameters("backbone") if re.search(of_its_own, name)
+    }
     reached: set[str] = set()
     for _ in steps_of(model, backbone, 2):
         reached |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -59,6 +63,10 @@ def test_what_should_train_does_and_nothing_else(method: str, backbone: str) -> 
     for name, parameter in stock.named_parameters():
         if name not in trains:
             assert torch.equal(model.get_parameter(name), parameter), name
+
+
+STOCK_TRAINS = {"full": "", "bitfit": r"bias[^.]*$", "partial": r"\.(visual\.proj|text_projection)$"}
+"""Which of the backbone's own parameters train: a pattern of their names; nothing in the other methods."""
 
 
 def _cannot_matter(name: str) -> bool:
@@ -122,6 +130,44 @@ def test_gradient_checkpointing_changes_nothing(method: str, backbone: str) -> N
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_autocast_trains_with_the_same_gradients(method: str, backbone: str) -> None:
+    """But for what bfloat16 rounds: a part that autocast would leave out shows at once."""
+    model, x = filled(method, backbone), inputs(backbone)
+    plain = _gradients(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = _gradients(model, x)
+    assert plain.keys() == half.keys()
+    whole, same = (torch.cat([each.flatten() for each in some.values()]) for some in (plain, half))
+    assert cosine_similarity(whole, same, dim=0) > 0.95
+    # Each that is large: of a small one little is left but what the others are rounded by.
+    large = max(gradient.norm() for gradient in plain.values()) / 10
+    for name, gradient in plain.items():
+        if gradient.norm() > large:
+            assert cosine_similarity(gradient.flatten(), half[name].flatten(), dim=0) > 0.9, name
+
+
+@pytest.mark.parametrize(("method", "backbone"), WORKS)
+def test_norms_in_float32_stay_beside_maps_in_bfloat16(method: str, backbone: str) -> None:
+    """As open_clip and others keep a model in low precision: what is new is as the linear maps, and the step runs."""
+    model = build(backbone)
+    if backbone.startswith("clip"):
+        model.backbone = in_low_precision(backbone)
+        model.head.bfloat16()
+    else:
+        model.bfloat16()
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    inject(model, configured(method, backbone), train=("head",)).train()
+    x = tuple(each.bfloat16() if each.is_floating_point() else each for each in inputs(backbone))
+    model(*x).float().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        beside = re.search(r"norm|ln_|LayerNorm|ssf_", name)  # scales and shifts of norms, and LST's copies of them
+        assert parameter.dtype == before.get(name, parameter.dtype if beside else torch.bfloat16), name
 
 
 def _gradients(model: nn.Module, x: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from backbones import build, inputs
@@ -46,6 +48,16 @@ def test_merging_in_bfloat16_changes_little(method: str, backbone: str) -> None:
     assert method in WHOLE or (expected - stock(*x).float()).norm() > 2 * BFLOAT16 * expected.norm()
     merged = merge(model)(*x).float()
     assert (merged - expected).norm() < BFLOAT16 * expected.norm()
+
+
+@pytest.mark.parametrize(("method", "backbone"), MERGES)
+def test_merging_under_autocast_is_the_same(method: str, backbone: str) -> None:
+    model = filled(method, backbone)
+    expected = merge(copy.deepcopy(model)).state_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merge(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 @pytest.mark.parametrize(("method", "backbone"), MERGES)

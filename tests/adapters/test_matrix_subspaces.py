@@ -20,7 +20,7 @@ from cells import (
 from torch import Tensor
 
 from adapters import merge
-from regularizers import capture
+from regularizers import REGULARIZERS, ReSoRA, capture
 
 
 @pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell[0] in SUBSPACES])
@@ -38,6 +38,35 @@ def test_subspaces_are_captured_with_their_gradient(method: str, backbone: str) 
             assert any(gradient is not None and gradient.any() for gradient in gradients), name
     for module in model.modules():
         assert getattr(module, "record", None) is None
+
+
+@pytest.mark.parametrize("measure", REGULARIZERS)
+@pytest.mark.parametrize(("method", "backbone"), [cell for cell in WORKS if cell[0] in SUBSPACES])
+def test_every_penalty_can_be_lowered(method: str, backbone: str, measure: str) -> None:
+    """By a step along its gradient, if it is small enough."""
+    model = filled(method, backbone).double()
+    x = tuple(each.double() if each.is_floating_point() else each for each in inputs(backbone))
+    resora = ReSoRA(measure, weight=1.0)
+
+    def penalty() -> Tensor:
+        with resora.capture(model) as subspaces:
+            model(*x)
+        return sum(resora(subspaces).values())
+
+    first = penalty()
+    trains = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(first, trains, allow_unused=True)
+    norm = sum(g.square().sum() for g in gradients if g is not None).sqrt()
+    values = []
+    for step in (1e-2, 1e-3, 1e-4):
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            for parameter, gradient in zip(trains, gradients, strict=True):
+                if gradient is not None:
+                    parameter -= step * gradient / norm
+        values.append(penalty())
+        model.load_state_dict(before)
+    assert min(values) < first
 
 
 @pytest.mark.parametrize(("method", "backbone"), [cell for cell in MERGES if cell[0] in SUBSPACES])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from backbones import build, inputs
 from peft_models import BACKBONES, HEAD, IMAGES, IN_OURS, assert_close, differs, outputs, shaken, stock
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters import ADAPTERS, Linear, LoRA, export_peft, inject, load, load_peft, merge, save
@@ -112,6 +113,10 @@ def test_every_low_rank_adapter_is_exported(name: str, method: str, tmp_path: Pa
     export_peft(ours, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(stock(name), tmp_path / "out").eval()
     assert_close(outputs(name, theirs), outputs(name, ours))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        export_peft(ours, tmp_path / "again")
+    both = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("out", "again")]
+    assert both[0].keys() == both[1].keys() and all(torch.equal(both[1][name], t) for name, t in both[0].items())
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from backbones import WIDTH, build, inputs
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
-from adapters import LST, Adapter, UniPT, inject
+from adapters import DTL, LST, Adapter, DTLPlus, UniPT, inject
 
 METHODS = [LST(reduction=2), UniPT(dim=8)]
 
@@ -43,6 +47,26 @@ def test_no_graph_is_kept_for_the_backbone(adapter: Adapter, backbone: str) -> N
     output.sum().backward()
     reached = {p.data_ptr() for p in model.parameters() if p.grad is not None}
     assert reached and not reached & in_blocks
+
+
+CARRIED = [(adapter, name) for adapter in METHODS for name in ("bert", "vit")]
+CARRIED += [(adapter, name) for adapter in (DTL(), DTLPlus()) for name in ("vit", "swin")]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:`gradient_checkpointing_enable`")
+@pytest.mark.parametrize(("adapter", "backbone"), CARRIED)
+def test_reentrant_checkpointing_is_refused(adapter: Adapter, backbone: str) -> None:
+    """It would give the side network no gradient, and say nothing."""
+    model, x = inject(build(backbone), adapter, train=("head",)).train(), inputs(backbone)
+    if backbone == "bert":
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": True})
+        model.backbone.embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    else:
+        for block in [m for name, m in model.named_modules() if re.search(r"blocks\.\d+$", name)]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=True)
+        x[0].requires_grad_()
+    with pytest.raises(ValueError, match="use use_reentrant=False"):
+        model(*x)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

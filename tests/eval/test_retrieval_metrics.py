@@ -155,7 +155,7 @@ def test_tensors_of_any_precision_and_rows_of_any_length() -> None:
     assert retrieval_metrics(rows.requires_grad_(), noise, owners) == expected
     integers = (2 * rows).to(torch.int16)
     assert retrieval_metrics(integers, noise.detach().double().numpy().astype(">f8"), owners) == expected
-    with pytest.raises(ValueError, match="texts: expected real numbers; received torch.complex64"):
+    with pytest.raises(ValueError, match=r"texts: expected real numbers; received torch\.complex64"):
         retrieval_metrics(rows, noise.to(torch.complex64), owners)
     scale = 2.0 ** torch.arange(-100, 110, 7)[:, None]  # powers of two: the same directions, bit for bit
     assert retrieval_metrics(rows.double() * scale, noise.double() / scale, owners) == expected

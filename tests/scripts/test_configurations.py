@@ -51,6 +51,19 @@ def test_a_regularizer(name: str) -> None:
         Retrieval.of(compose("train_retrieval", [f"regularizer={name}", "adapter=bitfit"]))
 
 
+LOW_RANK = "lora moslora adalora fact_tt fact_tk dtl dtl_plus houlsby adaptformer noah".split()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_regularizer_goes_with_every_low_rank_adapter_in_one_line(name: str) -> None:
+    config = compose("train_classification", [f"adapter={name}", "regularizer=nonlinear"])
+    if name in LOW_RANK:
+        assert Classification.of(config).regularizer is not None
+    else:
+        with pytest.raises(ValueError, match=f"adapter={name} has none"):
+            Classification.of(config)
+
+
 @pytest.mark.parametrize(
     "recipe", ["coco", "digits", "few_shot", "flickr30k", "msrvtt", "openmoji", "openmoji_clips", "vtab"]
 )
