@@ -51,7 +51,7 @@ def test_a_regularizer(name: str) -> None:
         Retrieval.of(compose("train_retrieval", [f"regularizer={name}", "adapter=bitfit"]))
 
 
-LOW_RANK = "lora moslora adalora fact_tt fact_tk dtl dtl_plus houlsby adaptformer noah".split()
+LOW_RANK = ["lora", "moslora", "adalora", "fact_tt", "fact_tk", "dtl", "dtl_plus", "houlsby", "adaptformer", "noah"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
