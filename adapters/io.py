@@ -103,11 +103,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         trained = trained_parameters(model)
         frozen = {name: p for name, p in model.named_parameters() if p not in trained}
     if metadata["base"] != (identity := base_identity(frozen.items())):
-        half = torch.float16 in {tensor.dtype for tensor in (*tensors.values(), *frozen.values())}
+        hint = ""
+        if torch.float16 in {tensor.dtype for tensor in (*tensors.values(), *frozen.values())}:
+            hint += ", in the precision that it was saved in: float16 rounds them to others"
+        begin = {name.partition(".")[0] for name in tensors}
+        if not begin & {name.partition(".")[0] for name in model.state_dict()}:
+            hint += f"; its names begin with {min(begin)}, and none here: if a wrapper (DDP) was saved, load it there"
         raise ValueError(
             f"{path} was trained on another backbone (frozen weights {metadata['base'][:12]}, here {identity[:12]}): "
-            "load the weights that it was trained on before the adapter"
-            + (", in the precision that it was saved in: float16 rounds them to others" if half else "")
+            f"load the weights that it was trained on before the adapter{hint}"
         )
     if held is not None:
         _copy(tensors, _saved(model), path)

@@ -134,6 +134,14 @@ def test_a_bfloat16_backbone_is_the_same_backbone(tmp_path: Path) -> None:
     assert model.head[0].weight.dtype == torch.bfloat16
 
 
+def test_a_file_from_inside_a_wrapper_says_so(tmp_path: Path) -> None:
+    inside, ids = nn.ModuleDict({"module": Model()}), torch.randint(0, 50, (4, 6))
+    save(inject(inside, LoRA(rank=3), train=("module.head",)), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"another backbone .* its names begin with module, .* \(DDP\)"):
+        load(Model(), tmp_path / "a.safetensors")
+    load(nn.ModuleDict({"module": Model()}), tmp_path / "a.safetensors")["module"](ids)
+
+
 def test_float16_rounds_otherwise_and_the_error_says_so(tmp_path: Path) -> None:
     save(trained(LoRA(rank=3)), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"another backbone .*in the precision that it was saved in: float16 rounds"):
