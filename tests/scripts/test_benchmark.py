@@ -134,7 +134,9 @@ def test_pairs_alternate_and_warm_up_does_not_count() -> None:
     assert median == 1.1 and 0.9 <= low < 1.1 < high <= 5.0
 
 
-def test_a_tiny_benchmark_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_benchmark_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Here, not in fresh processes: a minute of imports less. The resident peak then has no meaning.
     monkeypatch.setattr(subject, "in_fresh_process", lambda function, *arguments: (function(*arguments)[0], 1))
     monkeypatch.setattr(subject, "WARM_UP", 0)  # no time is looked at
@@ -142,13 +144,15 @@ def test_a_tiny_benchmark_writes_its_page(tmp_path: Path, monkeypatch: pytest.Mo
     command = ["regularizers", *options.split(), "--threads", "1", "--output", str(tmp_path / "made")]
     threads = torch.get_num_threads()
     try:
-        with pytest.raises(ValueError, match="there is no run to add pairs to"):
+        with pytest.raises(SystemExit, match="2"):
             benchmark.main([*command, "--add"])
+        assert "there is no run to add pairs to" in capsys.readouterr().err
         benchmark.main(command)
         once = json.loads((tmp_path / "made" / "regularizers.json").read_text())
         benchmark.main([*command, "--add"])
-        with pytest.raises(ValueError, match="has batch 2, but this run 1: not the same"):
+        with pytest.raises(SystemExit, match="2"):
             benchmark.main([*command, "--batch", "1", "--add"])
+        assert "has batch 2, but this run 1: not the same" in capsys.readouterr().err
     finally:
         torch.set_num_threads(threads)
     twice = json.loads((tmp_path / "made" / "regularizers.json").read_text())
