@@ -57,16 +57,14 @@ def test_every_penalty_can_be_lowered(method: str, backbone: str, measure: str) 
     trains = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(first, trains, allow_unused=True)
     norm = sum(g.square().sum() for g in gradients if g is not None).sqrt()
-    values = []
+    before = [parameter.detach().clone() for parameter in trains]
     for step in (1e-2, 1e-3, 1e-4):
-        before = copy.deepcopy(model.state_dict())
         with torch.no_grad():
-            for parameter, gradient in zip(trains, gradients, strict=True):
-                if gradient is not None:
-                    parameter -= step * gradient / norm
-        values.append(penalty())
-        model.load_state_dict(before)
-    assert min(values) < first
+            for parameter, old, gradient in zip(trains, before, gradients, strict=True):
+                parameter.copy_(old if gradient is None else old - step * gradient / norm)
+            if penalty() < first:
+                return
+    pytest.fail(f"{measure} stays above {first:.3g}")
 
 
 @pytest.mark.parametrize(("method", "backbone"), [cell for cell in MERGES if cell[0] in SUBSPACES])
