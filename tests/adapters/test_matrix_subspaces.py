@@ -58,13 +58,14 @@ def test_every_penalty_can_be_lowered(method: str, backbone: str, measure: str) 
     gradients = torch.autograd.grad(first, trains, allow_unused=True)
     norm = sum(g.square().sum() for g in gradients if g is not None).sqrt()
     before = [parameter.detach().clone() for parameter in trains]
-    for step in (1e-2, 1e-3, 1e-4):
-        with torch.no_grad():
-            for parameter, old, gradient in zip(trains, before, gradients, strict=True):
-                parameter.copy_(old if gradient is None else old - step * gradient / norm)
-            if penalty() < first:
-                return
-    pytest.fail(f"{measure} stays above {first:.3g}")
+
+    @torch.no_grad()
+    def after(step: float) -> Tensor:
+        for parameter, old, gradient in zip(trains, before, gradients, strict=True):
+            parameter.copy_(old if gradient is None else old - step * gradient / norm)
+        return penalty()
+
+    assert any(after(step) < first for step in (1e-2, 1e-3, 1e-4))
 
 
 @pytest.mark.parametrize(("method", "backbone"), [cell for cell in MERGES if cell[0] in SUBSPACES])

@@ -161,7 +161,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     scripts = str(Path(__file__).parents[2] / "scripts")
     parent = subprocess.Popen([sys.executable, "work.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": scripts})
     beats = tmp_path / "beats"
-    _until(beats.is_file)
+    assert _until(beats.is_file)
     parent.kill()
     parent.wait()
 
@@ -170,14 +170,15 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
         time.sleep(0.5)
         return beats.read_text() == before
 
-    _until(still)
+    assert _until(still)
 
 
-def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def _until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    """Whether it comes true in time."""
     limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit
+    while not (true := condition()) and time.monotonic() < limit:
         time.sleep(0.05)
+    return true
 
 
 def test_the_page_says_what_the_numbers_do(tmp_path: Path, launched: list[Job]) -> None:
